@@ -1,0 +1,58 @@
+# The environment is made on first use and again when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV ?= .venv
+SITE ?= site
+# Processes of pytest, with one thread each: two suit a small machine.
+WORKERS ?= 2
+# Extra arguments, e.g. make test ARGS="tests/contract -k ema".
+ARGS ?=
+DEMO ?= recipes/mnist1d/noisy_labels.yaml
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: env
+env: $(STAMP) ## Make the environment in VENV (.venv)
+
+.PHONY: demo
+demo: $(STAMP) ## Compare the objectives on MNIST-1D with 40 % label noise
+	$(BIN)/lightning-aux compare --config $(DEMO) $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+.PHONY: format
+format: $(STAMP) ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: $(STAMP) ## Build the documentation into site/, warnings being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(SITE))
+
+.PHONY: bench
+bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/benchmarks $(ARGS)
+
+.PHONY: clean
+clean: ## Remove the environment, the built site and the tools' caches
+	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
