@@ -1,0 +1,35 @@
+"""Each formula as a pure function of tensors: no state, no Lightning.
+
+Half-precision inputs are computed and returned in float32; only the student is differentiated.
+"""
+
+from .anchors import output_anchor, squared_distance
+from .averages import ema_decay, ema_update_
+from .divergences import (
+    DIVERGENCES,
+    entropy,
+    jensen_shannon_divergence,
+    kl_divergence,
+    reverse_kl_divergence,
+)
+from .dropout import dropout_rate
+from .early_learning import early_learning_regularization, early_learning_target
+from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
+
+__all__ = [
+    "DIVERGENCES",
+    "FEATURE_DISTANCES",
+    "dropout_rate",
+    "early_learning_regularization",
+    "early_learning_target",
+    "ema_decay",
+    "ema_update_",
+    "entropy",
+    "feature_cosine",
+    "feature_mse",
+    "jensen_shannon_divergence",
+    "kl_divergence",
+    "output_anchor",
+    "reverse_kl_divergence",
+    "squared_distance",
+]

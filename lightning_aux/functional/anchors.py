@@ -1,0 +1,117 @@
+"""Terms that pull a model towards an anchor: a slowly moving or frozen copy of itself.
+
+`squared_distance` does so in weight space, `output_anchor` in output space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergences import entropy, reverse_kl_divergence
+from .precision import at_least_float32
+
+
+def squared_distance(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+    """Squared distance Σ ‖θ − φ‖² between two lists of tensors, as one node of the graph.
+
+    The gradient is 2·(θ − φ). Differences are taken and kept in float32 (float64 for float64), at
+    the cost of one more copy of the parameters until the backward pass.
+
+    Args:
+        tensors: θ, such as a module's parameters; differentiated, once.
+        anchors: φ, of the same shapes; no gradient reaches them.
+
+    Returns:
+        A scalar in float32, or float64 where a tensor is, on the device of the first tensor.
+
+    Raises:
+        ValueError: for empty lists, or lists that differ in length or shapes.
+        RuntimeError: in a backward pass with `create_graph=True`.
+    """
+    tensors, anchors = list(tensors), list(anchors)
+    shapes, anchor_shapes = [t.shape for t in tensors], [a.shape for a in anchors]
+    if not tensors:
+        raise ValueError("no tensors to measure the distance of")
+    if len(shapes) != len(anchor_shapes):
+        raise ValueError(
+            f"{len(shapes)} tensors cannot be paired with {len(anchor_shapes)} anchors"
+        )
+    if shapes != anchor_shapes:
+        index = next(i for i, shape in enumerate(shapes) if shape != anchor_shapes[i])
+        raise ValueError(
+            f"tensor {index} has shape {tuple(shapes[index])}, "
+            f"its anchor {tuple(anchor_shapes[index])}"
+        )
+    distance: Tensor = _SquaredDistance.apply(anchors, *tensors)  # type: ignore[no-untyped-call]
+    return distance
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """Σ ‖θ − φ‖² on lists: the differences are formed once and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: list[Tensor], *tensors: Tensor) -> Tensor:
+        wide = [at_least_float32(tensor) for tensor in tensors]
+        differences = torch._foreach_sub(wide, [at_least_float32(anchor) for anchor in anchors])
+        ctx.save_for_backward(*differences)
+        # On the CPU a norm is summed in one sequence, which in float32 loses 1e-3 of 1e7 elements.
+        on_cpu = differences[0].device.type == "cpu"
+        norms = torch._foreach_norm(differences, dtype=torch.float64 if on_cpu else None)
+        ctx.one_device = len({norm.device for norm in norms}) == 1
+        if not ctx.one_device:
+            norms = tuple(norm.to(norms[0].device) for norm in norms)
+        widest = max((d.dtype for d in differences), key=lambda dtype: dtype.itemsize)
+        return torch.stack(norms).square().sum().to(widest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only under create_graph=True, where it would be wrong
+            raise RuntimeError(
+                "squared_distance can be differentiated once; for a second derivative "
+                "(create_graph=True) write the sum of the squared differences out"
+            )
+        differences = list(ctx.saved_tensors)
+        # A tensor factor costs no synchronisation with the device, a Python number would.
+        if ctx.one_device:
+            return None, *torch._foreach_mul(differences, 2 * gradient)
+        return None, *(2 * gradient.to(d.device) * d for d in differences)
+
+
+def output_anchor(
+    student: Tensor,
+    anchor: Tensor,
+    temperature: float = 1.0,
+    entropy_weight: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Output-space anchor with an entropy bonus: T²·KL(student‖anchor) − entropy_weight·H(student).
+
+    Hou et al. 2025, "T1: Advancing Language Model Reasoning through Reinforcement Learning and
+    Inference Scaling", arXiv:2501.11651: "an entropy bonus as an auxiliary loss, alongside a
+    dynamic anchor for regularization" (abstract). That the anchor is the reference model of the KL
+    penalty and moves as an exponential moving average of the policy follows summaries of the
+    paper; its section and equation, and that the KL is KL(policy‖anchor) as usual in
+    reinforcement learning, could not be checked against the full text. There both terms act on
+    sampled tokens and the KL is centred; here they are exact sums over the classes.
+
+    Args:
+        student: logits `(batch, …, classes)`, differentiated.
+        anchor: logits of the same shape; detached.
+        temperature: T of the divergence, above 0; the entropy is that of the predictions at T = 1.
+        entropy_weight: weight of the bonus in the loss, in loss per nat; 0 leaves it out.
+        mask: the shape of the examples, as in `kl_divergence`.
+
+    Returns:
+        A scalar: float64 for float64 logits, else float32. It may be negative with the bonus.
+
+    Raises:
+        ValueError: as in `kl_divergence`.
+    """
+    divergence = reverse_kl_divergence(student, anchor, temperature, mask)
+    if entropy_weight == 0:
+        return divergence
+    return divergence - entropy_weight * entropy(student, mask=mask)
