@@ -1,0 +1,1 @@
+"""Callbacks that drive an attribute of the user's modules by a schedule."""

@@ -1,0 +1,12 @@
+"""The engine: everything that knows how Lightning runs a training step.
+
+Objectives, teachers and schedules are members of an engine and know only tensors.
+"""
+
+from lightning_aux.engine.attached import Attached
+from lightning_aux.engine.engine import Engine
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.step import Pass, Progress, Step
+from lightning_aux.engine.taps import Locations, Tap
+
+__all__ = ["Attached", "AuxiliaryError", "Engine", "Locations", "Pass", "Progress", "Step", "Tap"]

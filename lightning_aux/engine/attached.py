@@ -1,0 +1,161 @@
+"""``Attached``: the callback base of everything that the engine drives."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.step import Progress
+from lightning_aux.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightning_aux.engine.engine import Engine
+
+__all__ = ["Attached"]
+
+
+class Attached(Callback):
+    """A callback that does nothing by itself: Lightning's hooks reach one engine per module.
+
+    Whichever of our callbacks Lightning calls first starts, saves or removes the engine for all
+    of them, so the order of callbacks in the Trainer does not matter. Subclasses override the
+    methods in the second half, never Lightning's hooks.
+
+    Args:
+        name: unique among everything attached; used in logs, checkpoints and messages.
+    """
+
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Attached:
+        self: Attached = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        except TypeError:  # __init__ is about to say the same with its own traceback
+            self._arguments = {}
+            return self
+        bound.apply_defaults()
+        self._arguments = dict(bound.arguments)
+        return self
+
+    def __init__(self, name: str) -> None:
+        if not name or "/" in name:
+            raise AuxiliaryError(
+                f"{type(self).__name__}: the name {name!r} cannot be used in log keys. Give a "
+                f"name that is not empty and has no slash."
+            )
+        self.name = name
+        self._engine: Engine | None = None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every init argument as a plain value, for the logger's configuration."""
+        return {key: _plain(value) for key, value in self._arguments.items()}
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters.items())
+        return f"{type(self).__name__}({given})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}  # a copy starts unattached
+
+    # ------------------------------------------------------------------------ Lightning's hooks
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            from lightning_aux.engine.engine import Engine
+
+            before, self._engine = self._engine, Engine.of(trainer, pl_module)
+            self._engine.add(self)
+            if before is not None:
+                self._engine.continue_from(before)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.engine.check()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.engine.start()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._engine is not None:
+            self._engine.save(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._engine is not None:
+            self._engine.load(checkpoint)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._engine is not None:
+            self._engine.detach()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the current or latest fit."""
+        if self._engine is None:
+            raise AuxiliaryError(
+                f"{self.name} is not attached: it is a callback for Trainer.fit. If you override "
+                f"setup() in a subclass, call super().setup(...)."
+            )
+        return self._engine
+
+    # ------------------------------------------------------------------- what subclasses override
+    def companions(self) -> list[Attached]:
+        """Further members that this one brings along (an anchor brings its own teacher)."""
+        return []
+
+    def attach(self, engine: Engine) -> None:
+        """Declare needs; called once per fit, before the model is complete."""
+
+    def build_head(self, module: nn.Module) -> nn.Module | None:
+        """Trainable parameters of this member, made once the user's model is complete.
+
+        They train with the user's optimizer (first parameter group), are synchronised by the
+        strategy, saved in our part of the checkpoint, and are ``self.head`` from then on.
+        """
+        return None
+
+    def check(self, engine: Engine) -> None:
+        """Raise what can be known to be wrong before training; the model is complete."""
+
+    def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
+        """Begin; ``state`` is what :meth:`state` returned when the checkpoint was saved."""
+
+    def before_step(self, now: Progress) -> None:
+        """Called before the user's ``training_step`` of every micro-batch."""
+
+    def after_optimizer_step(self, now: Progress) -> None:
+        """Called after every real optimizer step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: tensors and plain values only."""
+        return {}
+
+    def logged(self) -> dict[str, Any]:
+        """Values to log under ``aux/<name>/<key>`` on steps where Lightning logs."""
+        return {}
+
+    def stop(self) -> None:
+        """Put everything of the user's back as it was."""
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Schedule):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return getattr(value, "__qualname__", None) or repr(value)

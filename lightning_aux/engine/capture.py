@@ -1,0 +1,104 @@
+"""Forward hooks that record what the tapped modules take in and give out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.step import Call, Record
+from lightning_aux.engine.taps import is_glob, modules_at
+
+__all__ = ["Capture"]
+
+
+class Capture:
+    """Records calls of chosen submodules into the current :class:`Record`, if there is one."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._hooks: dict[str, _Hook] = {}
+        self._globs: dict[str, list[str]] = {}
+        self.record: Record | None = None
+
+    def add(self, paths: Iterable[str], asked_by: str) -> None:
+        """Hook the modules at ``paths`` (globs allowed).
+
+        Raises:
+            AuxiliaryError: a path matches nothing.
+        """
+        for path in paths:
+            found = modules_at(self._root, path, asked_by)
+            if is_glob(path):
+                self._globs[path] = list(found)
+            for name, module in found.items():
+                if name not in self._hooks:
+                    self._hooks[name] = _Hook(self, name, module)
+
+    def drop(self, paths: Iterable[str]) -> None:
+        """Remove the hooks at ``paths``."""
+        for path in paths:
+            self._hooks.pop(path).handle.remove()
+
+    def paths(self, path: str, asked_by: str) -> list[str]:
+        """The hooked module paths that ``path`` stands for.
+
+        Raises:
+            AuxiliaryError: nobody declared ``path`` before training.
+        """
+        if path in self._hooks:
+            return [path]
+        if path in self._globs:
+            return self._globs[path]
+        modules_at(self._root, path, asked_by)  # a path that does not exist has its own message
+        raise AuxiliaryError(
+            f"{asked_by}: {path!r} exists but was not declared, so it is not captured. Declare it "
+            f"where the objective is made: super().__init__(..., reads=({path!r},))."
+        )
+
+    def clear(self) -> None:
+        """Remove every hook."""
+        self.drop(list(self._hooks))
+        self._globs.clear()
+        self.record = None
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._hooks
+
+
+class _Hook:
+    """One forward hook.
+
+    A later in-place operation (``nn.ReLU(inplace=True)``) would change what was captured. Which
+    taps that happens to is a property of the model, so the first capture is copied and compared:
+    where the original has been written to by the time of the next capture, copies go on.
+    """
+
+    def __init__(self, capture: Capture, path: str, module: nn.Module) -> None:
+        self._capture = capture
+        self._path = path
+        self._copies = True
+        self._first: Tensor | None = None
+        self._version = -1
+        self.handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
+    ) -> None:
+        record = self._capture.record
+        if record is None:
+            return
+        kept = returned
+        if self._copies and isinstance(returned, Tensor) and not torch.is_inference(returned):
+            if self._first is not None:
+                self._copies = self._first._version != self._version
+                self._first = None
+            if self._version < 0:
+                self._first, self._version = returned, returned._version
+            if self._copies:
+                kept = returned.clone()
+        record.add(self._path, Call(arguments, keywords, kept))

@@ -1,0 +1,140 @@
+"""Which samples of the dataset are in the current batch, with nothing asked of the dataset."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.patches import Patches
+
+__all__ = ["Indices"]
+
+
+class Indices:
+    """Reads the indices where they are drawn: the batch sampler, in the main process.
+
+    DataLoader workers, prefetching and shuffling leave the order of batches as it was drawn, so a
+    queue filled by the sampler and emptied by the training steps stays in step with the batches.
+    """
+
+    def __init__(self) -> None:
+        self._loader: DataLoader[Any] | None = None
+        self._queue: deque[Any] = deque()
+        self._current: Any = None
+        self._refusal: str | None = None
+        self.wanted = False
+
+    def install(self, trainer: Any, patches: Patches) -> None:
+        """Wrap ``strategy.process_dataloader``: the last stop of a dataloader before its use."""
+        process: Callable[[Any], Any] = trainer.strategy.process_dataloader
+
+        @wraps(process)
+        def process_dataloader(loader: Any) -> Any:
+            loader = process(loader)
+            if self.wanted and trainer.training:
+                self._watch(loader, patches)
+            return loader
+
+        patches.set(trainer.strategy, "process_dataloader", process_dataloader)
+
+    def settle(self, trainer: Any) -> None:
+        """Refuse several training dataloaders at once; called when training starts."""
+        if len(tree_leaves(trainer.train_dataloader)) > 1:
+            self._refusal = "there are several training dataloaders"
+
+    def begin_step(self) -> None:
+        """Move on to the indices of the next batch."""
+        if self._loader is not None:
+            self._current = self._queue.popleft() if self._queue else None
+
+    def current(self, asked_by: str) -> Tensor:
+        """Dataset indices of the current batch, int64 ``(batch,)``.
+
+        Raises:
+            AuxiliaryError: the dataloader has no indices (iterable dataset, no DataLoader,
+                several loaders), or nobody declared the need.
+        """
+        if not self.wanted:
+            raise AuxiliaryError(
+                f"{asked_by}: step.index was not declared, so it is not recorded. Declare it in "
+                f'the class of the objective: needs = ("index",).'
+            )
+        self.check(asked_by)
+        if self._current is None:
+            raise AuxiliaryError(
+                f"{asked_by}: no sample indices for this batch: the dataloader yielded a batch "
+                f"that its sampler did not draw."
+            )
+        return torch.as_tensor(self._current, dtype=torch.int64).reshape(-1)
+
+    def dataset_size(self, asked_by: str) -> int:
+        """Length of the training dataset."""
+        self.check(asked_by)
+        assert self._loader is not None
+        return len(self._loader.dataset)  # type: ignore[arg-type]
+
+    def check(self, asked_by: str) -> None:
+        """Raise the reason why there are no sample indices, if there is one."""
+        if self._refusal is None and self._loader is None:
+            self._refusal = "no training dataloader has passed through the Trainer"
+        if self._refusal is not None:
+            raise AuxiliaryError(
+                f"{asked_by} keeps a memory per sample and needs dataset indices, but "
+                f"{self._refusal}. Use one torch DataLoader over a map-style dataset (with "
+                f"__getitem__ and __len__)."
+            )
+
+    def _watch(self, loader: Any, patches: Patches) -> None:
+        if not isinstance(loader, DataLoader):
+            self._refusal = f"the training dataloader is a {type(loader).__name__}"
+            return
+        if isinstance(loader.dataset, IterableDataset):
+            self._refusal = (
+                f"the training dataset {type(loader.dataset).__name__} is iterable and has no index"
+            )
+            return
+        if not getattr(loader, "in_order", True):
+            self._refusal = "the training DataLoader delivers batches out of order (in_order=False)"
+            return
+        if isinstance(loader.__dict__.get("batch_sampler"), _Recording) or isinstance(
+            loader.__dict__.get("sampler"), _Recording
+        ):
+            return
+        self._loader = loader
+        # DataLoader refuses to set these after it is made; the instance dictionary does not.
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        patches.set(loader, name, _Recording(getattr(loader, name), self))
+
+    def _restart(self) -> deque[Any]:
+        self._queue = deque()
+        return self._queue
+
+
+class _Recording:
+    """A (batch) sampler that notes what it draws and is otherwise the one it wraps."""
+
+    def __init__(self, sampler: Any, indices: Indices) -> None:
+        self._sampler = sampler
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[Any]:
+        queue = self._indices._restart()
+        for drawn in self._sampler:
+            queue.append(drawn)
+            yield drawn
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_sampler":  # while unpickling, before the instance has its attributes
+            raise AttributeError(name)
+        return getattr(self._sampler, name)

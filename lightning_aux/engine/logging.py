@@ -1,0 +1,52 @@
+"""What goes to the user's loggers, and when. No logger is named here: all get the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_aux.engine.attached import Attached
+
+__all__ = ["log_hyperparameters", "log_step", "logs_now"]
+
+
+def logs_now(trainer: Any) -> bool:
+    """Whether Lightning hands metrics to the loggers on this step.
+
+    Logging one metric costs about a millisecond, more than most terms; on the other steps nothing
+    of ours is logged.
+    """
+    if trainer.barebones:
+        return False
+    connector = getattr(trainer, "_logger_connector", None)
+    due = getattr(connector, "should_update_logs", None)
+    if due is None:
+        return bool((trainer.global_step + 1) % trainer.log_every_n_steps == 0)
+    return bool(due)
+
+
+def log_step(module: Any, values: dict[str, Any], members: Mapping[str, Attached]) -> None:
+    """Log this step's terms and what the members report about themselves."""
+    for name, member in members.items():
+        values |= {f"aux/{name}/{key}": value for key, value in member.logged().items()}
+    module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+
+def log_hyperparameters(trainer: Any, module: Any, members: Mapping[str, Attached]) -> None:
+    """Write every init argument of every member into the loggers' configuration.
+
+    Lightning has logged the module's and the datamodule's hyperparameters before; they are passed
+    again with ours, because some loggers replace what a second call does not repeat.
+    """
+    own = {
+        "callbacks": {
+            name: {"class": type(member).__name__, **member.hyperparameters}
+            for name, member in members.items()
+        }
+    }
+    theirs: dict[str, Any] = {}
+    for holder in (trainer.datamodule, module):
+        if holder is not None and getattr(holder, "_log_hyperparams", False):
+            theirs |= dict(holder.hparams_initial)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**theirs, **own})

@@ -1,0 +1,322 @@
+"""What an objective sees: ``Step``, and ``Pass`` for the same batch under a teacher's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
+
+if TYPE_CHECKING:
+    from lightning_aux.engine.engine import Engine
+
+__all__ = ["Call", "Pass", "Progress", "Record", "Step"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands when a batch begins.
+
+    Attributes:
+        steps: optimizer steps that have really been taken (a step skipped by a gradient scaler is
+            not one of them).
+        epoch: index of the current epoch.
+        fraction: ``steps`` over the steps of the whole training, ``None`` if that is unbounded.
+    """
+
+    steps: int
+    epoch: int
+    fraction: float | None
+
+
+@dataclass
+class Call:
+    """One call of a module: what went in and what came out."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    returned: Any
+
+
+@dataclass
+class Record:
+    """Everything captured while a batch went through the module once."""
+
+    batch: Any
+    whose: str
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    resolved: dict[Any, Any] = field(default_factory=dict)
+
+    def add(self, path: str, call: Call) -> None:
+        self.calls.setdefault(path, []).append(call)
+
+
+class Pass:
+    """One pass of the batch through the module, with the student's or a teacher's weights.
+
+    Everything is looked up on first use and once, however many objectives ask.
+    """
+
+    def __init__(self, engine: Engine, record: Record, locations: Locations, asked_by: str) -> None:
+        self._engine = engine
+        self._record = record
+        self._locations = locations
+        self._asked_by = asked_by
+
+    @property
+    def batch(self) -> Any:
+        """The batch as ``training_step`` received it."""
+        return self._record.batch
+
+    @property
+    def returned(self) -> Any:
+        """What the model returned: the module's own ``forward``, or the submodule bound instead."""
+        return self._engine.model_call(self._record, self._asked_by).returned
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, ``(batch, classes)`` or with further dimensions.
+
+        Taken from what the module's ``forward`` returned (a tensor, ``.logits``, a ``"logits"``
+        key or the first entry of a tuple) unless a tap says otherwise.
+
+        Raises:
+            AuxiliaryError: no logits were found, or the tap does not lead to a tensor.
+        """
+        logits: Tensor = self._once(("logits", self._locations.logits), self._find_logits)
+        return logits
+
+    @property
+    def target(self) -> Tensor:
+        """The labels of the batch: its second element or one of the usual keys, or the tap.
+
+        Raises:
+            AuxiliaryError: the batch has none there.
+        """
+        target: Tensor = self._once(("target", self._locations.target), self._find_target)
+        return target
+
+    def features(self, path: Tap | None = None) -> Any:
+        """The output of the module at ``path``; ``{path: output}`` for a glob.
+
+        Args:
+            path: module path, glob or callable; without it the ``features`` tap.
+        """
+        return self._captured(path or self._needed("features"), lambda call: call.returned)
+
+    def input(self, path: Tap | None = None) -> Any:
+        """The first positional argument of the module at ``path``, or of the model without one."""
+        path = path or self._locations.input
+        if path is None:
+            return _first_argument(self._engine.model_call(self._record, self._asked_by))
+        return self._captured(path, _first_argument)
+
+    # ------------------------------------------------------------------------------- lookups
+    def _once(self, key: Any, find: Any) -> Any:
+        if key not in self._record.resolved:
+            self._record.resolved[key] = find()
+        return self._record.resolved[key]
+
+    def _needed(self, tap: str) -> Tap:
+        chosen: Tap | None = getattr(self._locations, tap)
+        if chosen is None:
+            raise AuxiliaryError(
+                f"{self._asked_by}: no {tap} were named. Give a module path, for example "
+                f"Taps({tap}='encoder') or step.{tap}('encoder')."
+            )
+        return chosen
+
+    def _captured(self, path: Tap, pick: Any) -> Any:
+        if callable(path):
+            return path(self)
+        paths = self._engine.capture.paths(path, self._asked_by)
+        found = {}
+        for each in paths:
+            calls = self._record.calls.get(each)
+            if not calls:
+                raise AuxiliaryError(
+                    f"{self._asked_by}: the module {each!r} was not called in this training step, "
+                    f"so it has no output to read. Name a module that runs in every step."
+                )
+            found[each] = pick(calls[0])
+        return found.get(path, found)
+
+    def _find_logits(self) -> Tensor:
+        tap = self._locations.logits
+        if tap is None:
+            call = self._engine.model_call(self._record, self._asked_by)
+            found = find_logits(call.returned)
+            if found is None:
+                raise AuxiliaryError(
+                    f"{self._asked_by}: no logits in what {self._engine.binding} returned "
+                    f"({describe(call.returned)}). Name them: Taps(logits='path.of.a.module') or "
+                    f"Taps(logits=lambda p: p.returned['...'])."
+                )
+            logits, where = found
+            self._engine.say("logits", f"{self._engine.binding}{where}")
+        else:
+            logits = self._captured(tap, lambda call: call.returned)
+            if not isinstance(logits, Tensor) and (found := find_logits(logits)) is not None:
+                logits = found[0]
+        if not isinstance(logits, Tensor):
+            raise AuxiliaryError(
+                f"{self._asked_by}: the logits tap {tap!r} leads to {describe(logits)}, not to a "
+                f"tensor. Name the module or the entry that holds one tensor."
+            )
+        if logits.numel() == 0:
+            raise AuxiliaryError(
+                f"{self._asked_by}: the batch is empty (logits of shape {tuple(logits.shape)}). "
+                f"Drop empty batches in the dataloader."
+            )
+        return logits
+
+    def _find_target(self) -> Tensor:
+        tap = self._locations.target
+        if callable(tap):
+            return _tensor(tap(self), self._asked_by, "the target tap")
+        if tap is not None:
+            where = f"{self._asked_by}, target"
+            return _tensor(key_path(self.batch, tap, where), self._asked_by, repr(tap))
+        found = find_target(self.batch)
+        if found is None:
+            raise AuxiliaryError(
+                f"{self._asked_by}: the batch has no target: it is {describe(self.batch)}. Name "
+                f"one by key path, for example Taps(target='1') or Taps(target='batch.labels')."
+            )
+        self._engine.say("target", found[1])
+        return _tensor(found[0], self._asked_by, found[1])
+
+
+class Step(Pass):
+    """The current training step, as one objective sees it.
+
+    Besides what a :class:`Pass` offers (with the student's weights, gradients included).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        state: StepState,
+        locations: Locations,
+        asked_by: str,
+    ) -> None:
+        super().__init__(engine, state.record, locations, asked_by)
+        self._state = state
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's LightningModule."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def batch_idx(self) -> int:
+        """Index of the batch in its epoch."""
+        return self._state.batch_idx
+
+    @property
+    def output(self) -> Any:
+        """What ``training_step`` returned.
+
+        Raises:
+            AuxiliaryError: in manual optimisation the term is computed before the step returns.
+        """
+        if not self._state.finished:
+            raise AuxiliaryError(
+                f"{self._asked_by}: step.output does not exist yet: in manual optimisation the "
+                f"term joins manual_backward, before training_step returns. Use step.returned, "
+                f"step.logits or step.features instead."
+            )
+        return self._state.output
+
+    @property
+    def loss(self) -> Tensor:
+        """The user's own loss of this step, before any term of ours."""
+        return self._state.loss
+
+    @property
+    def progress(self) -> Progress:
+        """Optimizer steps taken, epoch, and the fraction of training that is done."""
+        return self._state.progress
+
+    @property
+    def index(self) -> Tensor:
+        """Dataset indices of the samples, int64 ``(batch,)`` on the batch's device.
+
+        Only for objectives that declare ``needs = ("index",)``.
+        """
+        if self._state.index is None:
+            self._state.index = self._engine.indices.current(self._asked_by).to(self.loss.device)
+        return self._state.index
+
+    @property
+    def dataset_size(self) -> int:
+        """Number of samples in the training dataset; needs ``needs = ("index",)``."""
+        return self._engine.indices.dataset_size(self._asked_by)
+
+    def teacher(self, name: str) -> Pass:
+        """The same batch through the model with the weights of the teacher ``name``.
+
+        One forward per step and teacher: no gradient, evaluation mode, the user's random stream
+        and BatchNorm statistics untouched.
+
+        Raises:
+            AuxiliaryError: no teacher of that name is attached.
+        """
+        record = self._engine.teacher_record(name, self._state, self._asked_by)
+        return Pass(self._engine, record, self._locations, self._asked_by)
+
+    def weights(self, teacher: str) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The trainable parameters and, in the same order, the teacher's values of them."""
+        return self._engine.teacher(teacher, self._asked_by).pairs()
+
+    def after_optimizer_step(self, act: Any) -> None:
+        """Have ``act()`` called once the optimizer has really stepped.
+
+        Memories move this way: under accumulation all micro-batches of a window see the same
+        memory, and a step that a gradient scaler skips moves nothing.
+        """
+        self._engine.deferred.append(act)
+
+
+@dataclass
+class StepState:
+    """What all objectives share of one training step."""
+
+    record: Record
+    batch_idx: int
+    progress: Progress
+    output: Any = None
+    finished: bool = False
+    backwards: int = 0
+    joined: int = 0
+    index: Tensor | None = None
+    teachers: dict[str, Record] = field(default_factory=dict)
+    _loss: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        assert self._loss is not None, "the loss is set before any objective runs"
+        return self._loss
+
+    @loss.setter
+    def loss(self, value: Tensor) -> None:
+        self._loss = value
+
+
+def _first_argument(call: Call) -> Any:
+    if call.arguments:
+        return call.arguments[0]
+    return next(iter(call.keywords.values()))
+
+
+def _tensor(value: Any, asked_by: str, where: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise AuxiliaryError(
+            f"{asked_by}: the target at {where} is {describe(value)}, not a tensor. Name a tensor "
+            f"with Taps(target=...)."
+        )
+    return value

@@ -1,0 +1,175 @@
+"""``Objective``: one extra term of the training loss, weighted by a schedule."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, Step
+from lightning_aux.schedule import Schedule
+from lightning_aux.taps import Taps
+
+__all__ = ["Objective"]
+
+
+class Objective(Attached):
+    """A term that is added to the user's training loss: ``total = loss + Σ weight · term``.
+
+    Subclasses write :meth:`loss` and nothing else. The term is computed inside the user's
+    ``training_step``, so precision, gradient scaling, accumulation, clipping and the strategy's
+    gradient synchronisation treat it like the user's own loss.
+
+    Args:
+        weight: factor of the term: a float, a schedule string such as
+            ``"linear(0, 1, until=30%)"``, or a :class:`~lightning_aux.Schedule`. While it is 0
+            the term is not computed at all.
+        name: unique name for logs (``aux/<name>``) and checkpoints. Default: the class name in
+            snake case. Two callbacks of one class need two names.
+        taps: where this objective finds logits, target, features and input, before any
+            :class:`~lightning_aux.Taps` of the Trainer.
+        reads: module paths or globs that :meth:`loss` passes to ``step.features`` or
+            ``step.input``; checked before training starts.
+        nonfinite: what to do when the term is NaN or infinite: ``"raise"``, or ``"skip"``: leave
+            the term out of this step and count it (``aux/<name>/skipped``). On a CUDA device
+            ``"raise"`` is noticed one step later, because asking at once would wait for the
+            device in every step; ``"skip"`` has to wait.
+        backward: in manual optimisation, which call of ``manual_backward`` in the step the term
+            joins, counted from 0.
+
+    Raises:
+        AuxiliaryError: for whatever does not fit, before training where it can be known then.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What has to be prepared before training: ``"index"`` for ``step.index``."""
+
+    observes: ClassVar[bool] = False
+    """Whether :meth:`loss` is called also while the weight is 0, because it keeps a memory."""
+
+    head: nn.Module
+    """What :meth:`build_head` returned."""
+
+    def __init__(
+        self,
+        weight: float | str | Schedule = 1.0,
+        name: str | None = None,
+        *,
+        taps: Taps | None = None,
+        reads: Iterable[str] = (),
+        nonfinite: Literal["raise", "skip"] = "raise",
+        backward: int = 0,
+    ) -> None:
+        super().__init__(name or _snake_case(type(self).__name__))
+        if nonfinite not in ("raise", "skip"):
+            raise AuxiliaryError(
+                f"{self.name}: nonfinite={nonfinite!r} is unknown. Choose 'raise' or 'skip'."
+            )
+        if backward < 0:
+            raise AuxiliaryError(
+                f"{self.name}: backward={backward} counts calls of manual_backward from 0."
+            )
+        self.weight = Schedule.parse(weight)
+        self.locations = taps.locations if taps is not None else Locations()
+        self.reads = tuple(reads)
+        self.nonfinite = nonfinite
+        self.backward = backward
+        self._weight_at: Callable[[int], float] | None = None
+        self._late_check: tuple[Tensor, int] | None = None
+        self._skipped = 0
+
+    def loss(self, step: Step) -> Tensor:
+        """The term for this training step.
+
+        Args:
+            step: batch, logits, target, features, teachers and progress of the step.
+
+        Returns:
+            A scalar tensor. Means are over the examples of the batch, so that accumulation and
+            several processes give the gradient of one large batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(self, step)")
+
+    # ------------------------------------------------------------------------------- membership
+    def attach(self, engine: Engine) -> None:
+        engine.contribute(self)
+        unknown = set(self.needs) - {"index"}
+        if unknown:
+            raise AuxiliaryError(f"{self.name}: needs={unknown} is unknown. Known: 'index'.")
+        if "index" in self.needs:
+            engine.indices.wanted = True
+
+    def check(self, engine: Engine) -> None:
+        engine.capture.add([*self.locations.module_paths(), *self.reads], self.name)
+        if self.backward and engine.module.automatic_optimization:
+            raise AuxiliaryError(
+                f"{self.name}: backward={self.backward} needs manual optimisation, but "
+                f"{type(engine.module).__name__}.automatic_optimization is True. Leave it out."
+            )
+
+    def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
+        assert engine.horizon is not None
+        try:
+            self._weight_at = self.weight.bind(engine.horizon)
+        except ValueError as error:
+            raise AuxiliaryError(f"{self.name}: weight={str(self.weight)!r}: {error}") from error
+        if "index" in self.needs:
+            engine.indices.check(self.name)
+        self._skipped = int((state or {}).get("skipped", 0))
+        self._late_check = None
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self._skipped} if self._skipped else {}
+
+    def logged(self) -> dict[str, Any]:
+        return {"skipped": float(self._skipped)} if self.nonfinite == "skip" else {}
+
+    # -------------------------------------------------------------------------- for the engine
+    def weight_at(self, steps: int) -> float:
+        """The weight after ``steps`` optimizer steps."""
+        assert self._weight_at is not None, "the schedule is bound when training starts"
+        return self._weight_at(steps)
+
+    def term(self, step: Step) -> Tensor | None:
+        """:meth:`loss`, checked; ``None`` when a non-finite term is skipped."""
+        term = self.loss(step)
+        if not isinstance(term, Tensor) or term.numel() != 1 or not term.is_floating_point():
+            got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else repr(term)
+            raise AuxiliaryError(
+                f"{self.name}: loss(step) must return a scalar floating-point tensor, got {got}. "
+                f"Reduce it, for example with .mean()."
+            )
+        term = term.reshape(())
+        steps = step.progress.steps
+        if self.nonfinite == "skip" or term.device.type == "cpu":
+            if not math.isfinite(term.item()):
+                if self.nonfinite == "raise":
+                    self._raise_nonfinite(term.item(), steps)
+                self._skipped += 1
+                return None
+        else:
+            self._check_late(term, steps)
+        return term
+
+    def _check_late(self, term: Tensor, steps: int) -> None:
+        if self._late_check is not None:
+            value, at = self._late_check
+            if not math.isfinite(value.item()):
+                self._raise_nonfinite(value.item(), at)
+        host = torch.empty((), dtype=term.dtype, pin_memory=True)
+        self._late_check = host.copy_(term.detach(), non_blocking=True), steps
+
+    def _raise_nonfinite(self, value: float, steps: int) -> None:
+        raise AuxiliaryError(
+            f"{self.name}: the term is {value} after {steps} optimizer steps. Look at its inputs "
+            f"(learning rate, precision, empty or constant batches); nonfinite='skip' leaves such "
+            f"steps out and counts them."
+        )
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -1,0 +1,1 @@
+"""Objectives: one extra term of the training loss each, one file each."""

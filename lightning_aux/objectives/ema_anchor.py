@@ -1,0 +1,114 @@
+"""``EMAAnchor``: pull the model towards the moving average of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_aux.engine import Attached, AuxiliaryError, Step
+from lightning_aux.functional import output_anchor, squared_distance
+from lightning_aux.mixin import AuxiliaryMixin
+from lightning_aux.objective import Objective
+from lightning_aux.schedule import Schedule
+from lightning_aux.taps import Taps
+from lightning_aux.teachers import EMATeacher
+
+__all__ = ["EMAAnchor", "EMAAnchorMixin"]
+
+
+class EMAAnchor(Objective):
+    """Pulls the model towards the exponential moving average of its own weights.
+
+    In output space ``KL(p_θ ‖ p_φ) − entropy · H(p_θ)``: a regulariser towards a dynamic anchor
+    with an entropy bonus, as in Hou et al. 2025, "Advancing Language Model Reasoning through
+    Reinforcement Learning and Inference Scaling", arXiv:2501.11651. In weight space
+    ``Σ ‖θ − φ‖²`` over the trainable parameters. ``φ`` gives no gradient.
+
+    Args:
+        space: ``"output"`` (logits ``(batch, …, classes)``) or ``"weight"``.
+        weight: factor of the term, see :class:`~lightning_aux.Objective`.
+        entropy: factor of the entropy bonus relative to the divergence; output space only.
+        teacher: name of a teacher among the Trainer's callbacks. Default: a teacher of its own,
+            an :class:`~lightning_aux.EMATeacher` made from the arguments that follow.
+        temperature: of both distributions in output space, with the factor T².
+        decay: of the anchor's own average.
+        warmup: see :class:`~lightning_aux.EMATeacher`; of the anchor's own average.
+        every: optimizer steps between updates of the anchor's own average.
+        start: optimizer steps before the anchor's own average begins. Until then the anchor is
+            the model itself.
+        buffers: ``"copy"`` or ``"average"``, of the anchor's own average.
+        name: unique name for logs and checkpoints.
+        taps: where the logits are.
+        nonfinite: ``"raise"`` or ``"skip"``.
+        backward: which ``manual_backward`` the term joins in manual optimisation.
+
+    Raises:
+        AuxiliaryError: unknown ``space``, ``entropy`` in weight space, non-positive temperature,
+            or a ``teacher`` that is not attached.
+    """
+
+    def __init__(
+        self,
+        space: Literal["output", "weight"] = "output",
+        weight: float | str | Schedule = 0.1,
+        entropy: float = 0.0,
+        teacher: str | None = None,
+        temperature: float = 1.0,
+        decay: float = 0.999,
+        warmup: bool = False,
+        every: int = 1,
+        start: int = 0,
+        buffers: Literal["copy", "average"] = "copy",
+        name: str | None = None,
+        taps: Taps | None = None,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        backward: int = 0,
+    ) -> None:
+        super().__init__(weight, name, taps=taps, nonfinite=nonfinite, backward=backward)
+        if space not in ("output", "weight"):
+            raise AuxiliaryError(
+                f"{self.name}: space={space!r} is unknown. Choose 'output' or 'weight'."
+            )
+        if space == "weight" and entropy:
+            raise AuxiliaryError(
+                f"{self.name}: entropy={entropy} needs outputs. Leave it out or use space='output'."
+            )
+        if temperature <= 0:
+            raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
+        self.space = space
+        self.entropy = entropy
+        self.temperature = temperature
+        self.own_teacher: EMATeacher | None = None
+        if teacher is None:
+            teacher = f"{self.name}.teacher"
+            self.own_teacher = EMATeacher(decay, teacher, warmup, every, start, buffers)
+        self.teacher = teacher
+
+    def companions(self) -> list[Attached]:
+        return [] if self.own_teacher is None else [self.own_teacher]
+
+    def check(self, engine: Any) -> None:
+        super().check(engine)
+        engine.teacher(self.teacher, self.name)
+
+    def loss(self, step: Step) -> Tensor:
+        if self.space == "weight":
+            return squared_distance(*step.weights(self.teacher))
+        anchor = step.teacher(self.teacher).logits
+        return output_anchor(step.logits, anchor, self.temperature, self.entropy)
+
+
+class EMAAnchorMixin(AuxiliaryMixin):
+    """For a LightningModule that brings its :class:`EMAAnchor` along.
+
+    Attributes:
+        ema_anchor: arguments of the :class:`EMAAnchor`.
+    """
+
+    ema_anchor: Mapping[str, Any] = MappingProxyType({})
+
+    def auxiliary_callbacks(self) -> list[Attached]:
+        return [*super().auxiliary_callbacks(), EMAAnchor(**self.ema_anchor)]

@@ -1,0 +1,88 @@
+"""Everything that can be attached, with an example of each for the contract suite.
+
+A new objective is imported here, named in ``__all__``, and given an entry; the package exports
+it, the contract suite trains it, and the command line finds it under its short name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutScheduleMixin
+from lightning_aux.engine import Attached
+from lightning_aux.objective import Objective
+from lightning_aux.objectives.early_learning import EarlyLearningRegularization
+from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
+from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
+from lightning_aux.taps import Taps
+from lightning_aux.teachers import EMATeacher, FrozenTeacher
+
+__all__ = [
+    "DropoutSchedule",
+    "DropoutScheduleMixin",
+    "EMAAnchor",
+    "EMAAnchorMixin",
+    "EMATeacher",
+    "EarlyLearningRegularization",
+    "FrozenTeacher",
+    "Objective",
+    "SelfDistillation",
+    "SelfDistillationMixin",
+    "Taps",
+]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to attach something, as the contract suite does it.
+
+    Attributes:
+        make: returns the callbacks; ``weight`` is that of the objective among them.
+        objective: name of the objective, ``None`` for a teacher or a schedule alone.
+        inert: whether training with these callbacks is bit-identical to training without, at
+            weight 0 (C1). True for everything but what changes the model's own behaviour.
+    """
+
+    make: Callable[[float | str], list[Attached]]
+    objective: str | None = None
+    inert: bool = field(default=True)
+
+
+ENTRIES: dict[str, Entry] = {
+    "ema_teacher": Entry(lambda weight: [EMATeacher(decay=0.9)]),
+    "frozen_teacher": Entry(lambda weight: [FrozenTeacher()]),
+    "dropout_schedule": Entry(
+        lambda weight: [DropoutSchedule(p=0.3, mode="early", until="50%", shape="linear")],
+        inert=False,
+    ),
+    "ema_anchor_output": Entry(
+        lambda weight: [EMAAnchor(weight=weight, entropy=0.1, temperature=2.0, decay=0.9)],
+        "ema_anchor",
+    ),
+    "ema_anchor_weight": Entry(
+        lambda weight: [EMAAnchor(space="weight", weight=weight, decay=0.9)], "ema_anchor"
+    ),
+    "self_distillation_kl": Entry(
+        lambda weight: [EMATeacher(decay=0.9), SelfDistillation(weight=weight, temperature=2.0)],
+        "self_distillation",
+    ),
+    "self_distillation_js_correct": Entry(
+        lambda weight: [
+            FrozenTeacher(),
+            SelfDistillation("frozen", divergence="js", only_correct=True, weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "self_distillation_features": Entry(
+        lambda weight: [
+            EMATeacher(decay=0.9, warmup=True),
+            SelfDistillation(on="encoder", divergence="mse", weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "early_learning_regularization": Entry(
+        lambda weight: [EarlyLearningRegularization(weight=weight)],
+        "early_learning_regularization",
+    ),
+}

@@ -1,0 +1,8 @@
+"""Teachers: second sets of weights for the user's module, and the rules that move them."""
+
+from lightning_aux.teachers.ema import EMATeacher
+from lightning_aux.teachers.frozen import FrozenTeacher
+from lightning_aux.teachers.store import WeightStore
+from lightning_aux.teachers.teacher import Teacher
+
+__all__ = ["EMATeacher", "FrozenTeacher", "Teacher", "WeightStore"]

@@ -1,0 +1,61 @@
+"""``FrozenTeacher``: weights that never move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_aux.engine import AuxiliaryError, Engine
+from lightning_aux.teachers.teacher import Teacher
+
+__all__ = ["FrozenTeacher"]
+
+
+class FrozenTeacher(Teacher):
+    """A teacher whose weights are fixed: those at the start of training, or a checkpoint's.
+
+    Args:
+        name: what objectives call it by.
+        checkpoint: path of a Lightning checkpoint or a plain ``state_dict`` of the same model;
+            read with ``weights_only=True``, so that nothing in it can run. Default: the student's
+            weights when training starts, kept through resumed runs.
+
+    Raises:
+        AuxiliaryError: before training, when the file does not exist, cannot be read, or holds
+            the weights of another model.
+    """
+
+    def __init__(self, name: str = "frozen", checkpoint: str | Path | None = None) -> None:
+        super().__init__(name)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+
+    def check(self, engine: Engine) -> None:
+        if self.checkpoint is not None:
+            self.new_store(engine.module).load_state_dict(self._read(), self.name)
+
+    def begin(self, module: nn.Module) -> None:
+        self.store = self.new_store(module)
+        if self.checkpoint is not None:
+            self.store.load_state_dict(self._read(), self.name)
+
+    def _read(self) -> dict[str, Tensor]:
+        assert self.checkpoint is not None
+        if not self.checkpoint.is_file():
+            raise AuxiliaryError(
+                f"{self.name}: checkpoint={str(self.checkpoint)!r} is not a file (looked in "
+                f"{Path.cwd()}). Give the path of a checkpoint of the same model."
+            )
+        try:
+            saved: Any = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise AuxiliaryError(
+                f"{self.name}: {str(self.checkpoint)!r} cannot be read with weights_only=True: "
+                f"{error}. Save the weights alone with torch.save(model.state_dict(), path)."
+            ) from error
+        weights = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
+        if not isinstance(weights, dict):
+            raise AuxiliaryError(f"{self.name}: {str(self.checkpoint)!r} holds no state_dict.")
+        return weights
