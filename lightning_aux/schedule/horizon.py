@@ -27,7 +27,7 @@ class Duration:
     Raises:
         ScheduleError: (a ValueError) for an amount outside these bounds.
 
-    Example:
+    Examples:
         >>> Duration.parse("10ep")
         Duration(amount=10.0, unit='epochs')
     """

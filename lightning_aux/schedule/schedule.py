@@ -32,7 +32,7 @@ class Schedule(ABC):
 
     Equal descriptions compare equal, and `str(schedule)` parses back to an equal schedule.
 
-    Example:
+    Examples:
         >>> Schedule.parse("linear(0, 1, until=50%)").values(total=4)
         [0.0, 0.5, 1.0, 1.0]
     """
