@@ -12,11 +12,11 @@ __all__ = ["AuxiliaryMixin"]
 class AuxiliaryMixin:
     """Hands callbacks over through ``LightningModule.configure_callbacks``; nothing more.
 
-    Put it before ``LightningModule`` in the bases and override :meth:`auxiliary_callbacks`, or
-    use the ready ones (:class:`~lightning_aux.SelfDistillationMixin` and so on). Several mixins
+    Put it before ``LightningModule`` in the bases and override `auxiliary_callbacks`, or
+    use the ready ones (`SelfDistillationMixin` and so on). Several mixins
     add up. Lightning lets a module's callback replace a Trainer callback of the same class.
 
-    Example:
+    Examples:
         >>> import lightning as L, lightning_aux as aux
         >>> class Net(aux.AuxiliaryMixin, L.LightningModule):
         ...     def auxiliary_callbacks(self):

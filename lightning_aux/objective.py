@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, Step
+from lightning_aux.engine.finite import FiniteWatch
 from lightning_aux.schedule import Schedule
 from lightning_aux.taps import Taps
 
@@ -20,23 +20,23 @@ __all__ = ["Objective"]
 class Objective(Attached):
     """A term that is added to the user's training loss: ``total = loss + Σ weight · term``.
 
-    Subclasses write :meth:`loss` and nothing else. The term is computed inside the user's
+    Subclasses write `loss` and nothing else. The term is computed inside the user's
     ``training_step``, so precision, gradient scaling, accumulation, clipping and the strategy's
     gradient synchronisation treat it like the user's own loss.
 
     Args:
         weight: factor of the term: a float, a schedule string such as
-            ``"linear(0, 1, until=30%)"``, or a :class:`~lightning_aux.Schedule`. While it is 0
+            ``"linear(0, 1, until=30%)"``, or a `Schedule`. While it is 0
             the term is not computed at all.
         name: unique name for logs (``aux/<name>``) and checkpoints. Default: the class name in
             snake case. Two callbacks of one class need two names.
         taps: where this objective finds logits, target, features and input, before any
-            :class:`~lightning_aux.Taps` of the Trainer.
-        reads: module paths or globs that :meth:`loss` passes to ``step.features`` or
+            `Taps` of the Trainer.
+        reads: module paths or globs that `loss` passes to ``step.features`` or
             ``step.input``; checked before training starts.
         nonfinite: what to do when the term is NaN or infinite: ``"raise"``, or ``"skip"``: leave
             the term out of this step and count it (``aux/<name>/skipped``). On a CUDA device
-            ``"raise"`` is noticed one step later, because asking at once would wait for the
+            ``"raise"`` is noticed a step or a few later, because asking at once would wait for the
             device in every step; ``"skip"`` has to wait.
         backward: in manual optimisation, which call of ``manual_backward`` in the step the term
             joins, counted from 0.
@@ -49,10 +49,10 @@ class Objective(Attached):
     """What has to be prepared before training: ``"index"`` for ``step.index``."""
 
     observes: ClassVar[bool] = False
-    """Whether :meth:`loss` is called also while the weight is 0, because it keeps a memory."""
+    """Whether `loss` is called also while the weight is 0, because it keeps a memory."""
 
     head: nn.Module
-    """What :meth:`build_head` returned."""
+    """What `build_head` returned."""
 
     def __init__(
         self,
@@ -73,13 +73,18 @@ class Objective(Attached):
             raise AuxiliaryError(
                 f"{self.name}: backward={backward} counts calls of manual_backward from 0."
             )
+        if taps is not None and taps.locations.forward is not None:
+            raise AuxiliaryError(
+                f"{self.name}: one model call serves all objectives. Give forward= to the Taps "
+                f"among the Trainer's callbacks instead."
+            )
         self.weight = Schedule.parse(weight)
         self.locations = taps.locations if taps is not None else Locations()
         self.reads = tuple(reads)
         self.nonfinite = nonfinite
         self.backward = backward
         self._weight_at: Callable[[int], float] | None = None
-        self._late_check: tuple[Tensor, int] | None = None
+        self._watch = FiniteWatch()
         self._skipped = 0
 
     def loss(self, step: Step) -> Tensor:
@@ -120,7 +125,10 @@ class Objective(Attached):
         if "index" in self.needs:
             engine.indices.check(self.name)
         self._skipped = int((state or {}).get("skipped", 0))
-        self._late_check = None
+        self._watch = FiniteWatch()
+
+    def stop(self) -> None:
+        self._weight_at = None
 
     def state(self) -> dict[str, Any]:
         return {"skipped": self._skipped} if self._skipped else {}
@@ -135,7 +143,7 @@ class Objective(Attached):
         return self._weight_at(steps)
 
     def term(self, step: Step) -> Tensor | None:
-        """:meth:`loss`, checked; ``None`` when a non-finite term is skipped."""
+        """`loss`, checked; ``None`` when a non-finite term is skipped."""
         term = self.loss(step)
         if not isinstance(term, Tensor) or term.numel() != 1 or not term.is_floating_point():
             got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else repr(term)
@@ -144,31 +152,19 @@ class Objective(Attached):
                 f"Reduce it, for example with .mean()."
             )
         term = term.reshape(())
-        steps = step.progress.steps
-        if self.nonfinite == "skip" or term.device.type == "cpu":
+        if self.nonfinite == "skip":
             if not math.isfinite(term.item()):
-                if self.nonfinite == "raise":
-                    self._raise_nonfinite(term.item(), steps)
                 self._skipped += 1
                 return None
-        else:
-            self._check_late(term, steps)
+            return term
+        self._watch.add(term, step.progress.steps)
+        for value, steps in self._watch.nonfinite():
+            raise AuxiliaryError(
+                f"{self.name}: the term is {value} after {steps} optimizer steps. Look at its "
+                f"inputs (learning rate, precision, empty or constant batches); nonfinite='skip' "
+                f"leaves such steps out and counts them."
+            )
         return term
-
-    def _check_late(self, term: Tensor, steps: int) -> None:
-        if self._late_check is not None:
-            value, at = self._late_check
-            if not math.isfinite(value.item()):
-                self._raise_nonfinite(value.item(), at)
-        host = torch.empty((), dtype=term.dtype, pin_memory=True)
-        self._late_check = host.copy_(term.detach(), non_blocking=True), steps
-
-    def _raise_nonfinite(self, value: float, steps: int) -> None:
-        raise AuxiliaryError(
-            f"{self.name}: the term is {value} after {steps} optimizer steps. Look at its inputs "
-            f"(learning rate, precision, empty or constant batches); nonfinite='skip' leaves such "
-            f"steps out and counts them."
-        )
 
 
 def _snake_case(name: str) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
 from lightning_aux.engine import Attached, Engine, Locations, Tap
 
 __all__ = ["Taps"]
@@ -15,7 +20,7 @@ class Taps(Attached):
 
     Args:
         logits: module path whose output is the logits, or a callable that gets a
-            :class:`~lightning_aux.Step` (or a teacher's pass) and returns them. Default: what the
+            `Step` (or a teacher's pass) and returns them. Default: what the
             module's own ``forward`` returned.
         target: key path into the batch (``"1"``, ``"labels"``, ``"graph.y"``), or a callable.
             Default: the second element, or the first of the keys ``labels``, ``label``,
@@ -23,11 +28,14 @@ class Taps(Attached):
         features: module path or glob whose output ``step.features()`` gives, or a callable.
         input: module path whose input ``step.input()`` gives, or a callable. Default: the input
             of the model.
+        forward: ``(module, batch) -> output``, how a teacher runs the model where ``training_step``
+            does not call ``self(...)`` but several parts one after the other; for a whole Trainer
+            only. Name ``logits`` too then.
 
     Raises:
         AuxiliaryError: before training, when a path names no module (near matches are listed).
 
-    Example:
+    Examples:
         >>> taps = Taps(logits="classifier", target="labels")
         >>> taps.locations.logits
         'classifier'
@@ -39,9 +47,10 @@ class Taps(Attached):
         target: Tap | None = None,
         features: Tap | None = None,
         input: Tap | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__("taps")
-        self.locations = Locations(logits, target, features, input)
+        self.locations = Locations(logits, target, features, input, forward)
 
     def attach(self, engine: Engine) -> None:
         engine.locations = self.locations

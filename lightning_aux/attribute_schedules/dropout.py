@@ -107,14 +107,14 @@ class DropoutSchedule(Attached):
     def stop(self) -> None:
         for module, attribute, value in self._driven:
             setattr(module, attribute, value)
-        self._driven = []
+        self._driven, self._rate_at = [], None
 
 
 class DropoutScheduleMixin(AuxiliaryMixin):
-    """For a LightningModule that brings its :class:`DropoutSchedule` along.
+    """For a LightningModule that brings its `DropoutSchedule` along.
 
     Attributes:
-        dropout_schedule: arguments of the :class:`DropoutSchedule`; ``p`` has no default.
+        dropout_schedule: arguments of the `DropoutSchedule`; ``p`` has no default.
     """
 
     dropout_schedule: Mapping[str, Any]

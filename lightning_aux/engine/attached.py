@@ -127,7 +127,7 @@ class Attached(Callback):
         """Raise what can be known to be wrong before training; the model is complete."""
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
-        """Begin; ``state`` is what :meth:`state` returned when the checkpoint was saved."""
+        """Begin; ``state`` is what `state` returned when the checkpoint was saved."""
 
     def before_step(self, now: Progress) -> None:
         """Called before the user's ``training_step`` of every micro-batch."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from lightning_aux.engine.errors import AuxiliaryError
@@ -17,7 +18,7 @@ __all__ = ["Capture"]
 
 
 class Capture:
-    """Records calls of chosen submodules into the current :class:`Record`, if there is one."""
+    """Records calls of chosen submodules into the current `Record`, if there is one."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -60,6 +61,19 @@ class Capture:
             f"where the objective is made: super().__init__(..., reads=({path!r},))."
         )
 
+    def note_on_compilation(self) -> str:
+        """A hint for modules that torch.compile may have compiled before they had a hook."""
+        compiled = any(
+            isinstance(each, OptimizedModule) or each._compiled_call_impl is not None
+            for each in self._root.modules()
+        )
+        if not compiled:
+            return ""
+        return (
+            " Part of the model is compiled: if it was called before training, its graph has no "
+            "capture in it; call torch._dynamo.reset() before Trainer.fit."
+        )
+
     def clear(self) -> None:
         """Remove every hook."""
         self.drop(list(self._hooks))
@@ -93,7 +107,10 @@ class _Hook:
         if record is None:
             return
         kept = returned
-        if self._copies and isinstance(returned, Tensor) and not torch.is_inference(returned):
+        if torch.compiler.is_compiling():
+            # A compiled graph rewrites in-place operations, and has no version counters to read.
+            kept = returned.clone() if isinstance(returned, Tensor) else returned
+        elif self._copies and isinstance(returned, Tensor) and not torch.is_inference(returned):
             if self._first is not None:
                 self._copies = self._first._version != self._version
                 self._first = None

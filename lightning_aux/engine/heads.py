@@ -36,6 +36,7 @@ class Heads:
             _fill_in_current_values
         )
         self._optimizer: Optimizer | None = None
+        self._waiting: tuple[list[dict[str, Any]], dict[str, Any] | None] | None = None
 
     def __bool__(self) -> bool:
         return len(self._heads) > 0
@@ -98,6 +99,9 @@ class Heads:
             optimizer.state.update(sibling.state)
         optimizer.param_groups[0]["params"].extend(parameters)
         self._optimizer = optimizer
+        if self._waiting is not None:
+            self._give_to(*self._waiting)
+            self._waiting = None
 
     # ------------------------------------------------------------------------------ checkpoints
     def take_from(self, optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,8 +127,20 @@ class Heads:
         """The weights of the heads."""
         return {"weights": self._heads.state_dict()}
 
-    def give_to(self, optimizer_states: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
-        """Put the heads back into saved optimizer states (without moments if none were saved)."""
+    def restore(self, optimizer_states: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
+        """Put the heads back into saved optimizer states (without moments if none were saved).
+
+        Lightning reads most checkpoints before there is an optimizer and its states after; the
+        heads are put back in between, as soon as their place in the optimizer is known.
+        """
+        if self._optimizer is None:
+            self._waiting = optimizer_states, saved
+        else:
+            self._give_to(optimizer_states, saved)
+
+    def _give_to(
+        self, optimizer_states: list[dict[str, Any]], saved: dict[str, Any] | None
+    ) -> None:
         first, count = self._span()
         state = optimizer_states[0]
         if len(state["param_groups"][0]["params"]) != first:

@@ -21,14 +21,19 @@ __all__ = ["Indices"]
 class Indices:
     """Reads the indices where they are drawn: the batch sampler, in the main process.
 
-    DataLoader workers, prefetching and shuffling leave the order of batches as it was drawn, so a
-    queue filled by the sampler and emptied by the training steps stays in step with the batches.
+    DataLoader workers, prefetching and shuffling leave the order of batches as it was drawn, so the
+    n-th batch that the DataLoader yields is the n-th that the sampler drew, also where a resumed
+    loader passes over the batches of before.
     """
 
     def __init__(self) -> None:
         self._loader: DataLoader[Any] | None = None
         self._queue: deque[Any] = deque()
+        self._taken = 0
+        self._batches: Any = None
+        self._ahead: Callable[[], int] = lambda: 0
         self._current: Any = None
+        self._number: int | None = None
         self._refusal: str | None = None
         self.wanted = False
 
@@ -44,16 +49,28 @@ class Indices:
             return loader
 
         patches.set(trainer.strategy, "process_dataloader", process_dataloader)
+        # Lightning fetches one batch ahead where the loader has no length.
+        self._ahead = lambda: len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
     def settle(self, trainer: Any) -> None:
         """Refuse several training dataloaders at once; called when training starts."""
         if len(tree_leaves(trainer.train_dataloader)) > 1:
             self._refusal = "there are several training dataloaders"
 
-    def begin_step(self) -> None:
-        """Move on to the indices of the next batch."""
-        if self._loader is not None:
-            self._current = self._queue.popleft() if self._queue else None
+    def begin_batch(self, number: int) -> None:
+        """Move on to the indices of the batch ``number`` (LBFGS runs a step several times)."""
+        if self._loader is not None and number != self._number:
+            self._number = number
+            self._current = self._draw_of_this_batch()
+
+    def _draw_of_this_batch(self) -> Any:
+        passed_over = 0
+        if self._batches is not None:
+            passed_over = self._batches._num_yielded - self._ahead() - 1 - self._taken
+        for _ in range(min(passed_over, len(self._queue))):
+            self._queue.popleft()
+        self._taken += max(passed_over, 0) + 1
+        return self._queue.popleft() if self._queue else None
 
     def current(self, asked_by: str) -> Tensor:
         """Dataset indices of the current batch, int64 ``(batch,)``.
@@ -112,9 +129,16 @@ class Indices:
         # DataLoader refuses to set these after it is made; the instance dictionary does not.
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         patches.set(loader, name, _Recording(getattr(loader, name), self))
+        get_iterator: Callable[[], Any] = loader._get_iterator
+
+        def _get_iterator() -> Any:
+            self._batches = get_iterator()
+            return self._batches
+
+        patches.set(loader, "_get_iterator", _get_iterator)
 
     def _restart(self) -> deque[Any]:
-        self._queue = deque()
+        self._queue, self._taken, self._number = deque(), 0, None
         return self._queue
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     returned: Any
+    overwritten: bool = False
 
 
 @dataclass
@@ -49,9 +51,18 @@ class Record:
     whose: str
     calls: dict[str, list[Call]] = field(default_factory=dict)
     resolved: dict[Any, Any] = field(default_factory=dict)
+    spent: set[str] = field(default_factory=set)
 
     def add(self, path: str, call: Call) -> None:
+        if path in self.spent:
+            self.spent.discard(path)
+            self.calls[path] = []
         self.calls.setdefault(path, []).append(call)
+
+    def spend(self) -> None:
+        """A backward pass has freed the graph of these calls: the next ones replace them."""
+        self.spent = set(self.calls)
+        self.resolved.clear()
 
 
 class Pass:
@@ -74,7 +85,7 @@ class Pass:
     @property
     def returned(self) -> Any:
         """What the model returned: the module's own ``forward``, or the submodule bound instead."""
-        return self._engine.model_call(self._record, self._asked_by).returned
+        return self._engine.model_call.of(self._record, self._asked_by).returned
 
     @property
     def logits(self) -> Tensor:
@@ -111,7 +122,7 @@ class Pass:
         """The first positional argument of the module at ``path``, or of the model without one."""
         path = path or self._locations.input
         if path is None:
-            return _first_argument(self._engine.model_call(self._record, self._asked_by))
+            return _first_argument(self._engine.model_call.of(self._record, self._asked_by))
         return self._captured(path, _first_argument)
 
     # ------------------------------------------------------------------------------- lookups
@@ -137,9 +148,15 @@ class Pass:
         for each in paths:
             calls = self._record.calls.get(each)
             if not calls:
+                when = "in this training step"
+                if self._record.whose != "student":
+                    run = self._engine.model_call.where
+                    when = f"when the teacher {self._record.whose!r} ran {run}"
                 raise AuxiliaryError(
-                    f"{self._asked_by}: the module {each!r} was not called in this training step, "
-                    f"so it has no output to read. Name a module that runs in every step."
+                    f"{self._asked_by}: the module {each!r} was not called {when}, so it has no "
+                    f"output to read. Name a module that runs every time, or say how the whole "
+                    f"model runs: Taps(forward=lambda module, batch: ...)."
+                    f"{self._engine.capture.note_on_compilation()}"
                 )
             found[each] = pick(calls[0])
         return found.get(path, found)
@@ -147,16 +164,18 @@ class Pass:
     def _find_logits(self) -> Tensor:
         tap = self._locations.logits
         if tap is None:
-            call = self._engine.model_call(self._record, self._asked_by)
+            call = self._engine.model_call.of(self._record, self._asked_by)
+            if self._engine.model_call.doubt:
+                raise AuxiliaryError(f"{self._asked_by}: {self._engine.model_call.doubt}")
             found = find_logits(call.returned)
             if found is None:
                 raise AuxiliaryError(
-                    f"{self._asked_by}: no logits in what {self._engine.binding} returned "
+                    f"{self._asked_by}: no logits in what {self._engine.model_call.where} returned "
                     f"({describe(call.returned)}). Name them: Taps(logits='path.of.a.module') or "
                     f"Taps(logits=lambda p: p.returned['...'])."
                 )
             logits, where = found
-            self._engine.say("logits", f"{self._engine.binding}{where}")
+            self._engine.say("logits", f"{self._engine.model_call.where}{where}")
         else:
             logits = self._captured(tap, lambda call: call.returned)
             if not isinstance(logits, Tensor) and (found := find_logits(logits)) is not None:
@@ -193,7 +212,7 @@ class Pass:
 class Step(Pass):
     """The current training step, as one objective sees it.
 
-    Besides what a :class:`Pass` offers (with the student's weights, gradients included).
+    Besides what a `Pass` offers (with the student's weights, gradients included).
     """
 
     def __init__(
@@ -273,13 +292,13 @@ class Step(Pass):
         """The trainable parameters and, in the same order, the teacher's values of them."""
         return self._engine.teacher(teacher, self._asked_by).pairs()
 
-    def after_optimizer_step(self, act: Any) -> None:
+    def after_optimizer_step(self, act: Callable[[], None]) -> None:
         """Have ``act()`` called once the optimizer has really stepped.
 
         Memories move this way: under accumulation all micro-batches of a window see the same
         memory, and a step that a gradient scaler skips moves nothing.
         """
-        self._engine.deferred.append(act)
+        self._state.defer(act)
 
 
 @dataclass
@@ -289,10 +308,10 @@ class StepState:
     record: Record
     batch_idx: int
     progress: Progress
+    defer: Callable[[Callable[[], None]], None]
     output: Any = None
     finished: bool = False
     backwards: int = 0
-    joined: int = 0
     index: Tensor | None = None
     teachers: dict[str, Record] = field(default_factory=dict)
     _loss: Tensor | None = None

@@ -14,6 +14,10 @@ from lightning_aux.engine.errors import AuxiliaryError, near_matches
 if TYPE_CHECKING:
     from lightning_aux.engine.step import Pass
 
+    Tap: TypeAlias = str | Callable[[Pass], Any]
+else:  # what jsonargparse checks values of a config against: a name it cannot find is any value
+    Tap = str | Callable
+
 __all__ = [
     "Locations",
     "Tap",
@@ -25,20 +29,19 @@ __all__ = [
     "modules_at",
 ]
 
-Tap: TypeAlias = "str | Callable[[Pass], Any]"
-
 LOGITS_KEYS = ("logits", "prediction_logits", "preds", "y_hat", "output")
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
 class Locations:
-    """The four common taps as plain values; ``None`` means the default applies."""
+    """The common taps as plain values; ``None`` means the default applies."""
 
     logits: Tap | None = None
     target: Tap | None = None
     features: Tap | None = None
     input: Tap | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
 
     def over(self, other: Locations) -> Locations:
         """These locations, with the gaps filled from ``other``."""
@@ -47,6 +50,7 @@ class Locations:
             target=self.target or other.target,
             features=self.features or other.features,
             input=self.input or other.input,
+            forward=self.forward or other.forward,
         )
 
     def module_paths(self) -> Iterator[str]:

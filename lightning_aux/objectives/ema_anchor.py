@@ -29,13 +29,13 @@ class EMAAnchor(Objective):
 
     Args:
         space: ``"output"`` (logits ``(batch, …, classes)``) or ``"weight"``.
-        weight: factor of the term, see :class:`~lightning_aux.Objective`.
+        weight: factor of the term, see `Objective`.
         entropy: factor of the entropy bonus relative to the divergence; output space only.
         teacher: name of a teacher among the Trainer's callbacks. Default: a teacher of its own,
-            an :class:`~lightning_aux.EMATeacher` made from the arguments that follow.
+            an `EMATeacher` made from the arguments that follow.
         temperature: of both distributions in output space, with the factor T².
         decay: of the anchor's own average.
-        warmup: see :class:`~lightning_aux.EMATeacher`; of the anchor's own average.
+        warmup: see `EMATeacher`; of the anchor's own average.
         every: optimizer steps between updates of the anchor's own average.
         start: optimizer steps before the anchor's own average begins. Until then the anchor is
             the model itself.
@@ -102,10 +102,10 @@ class EMAAnchor(Objective):
 
 
 class EMAAnchorMixin(AuxiliaryMixin):
-    """For a LightningModule that brings its :class:`EMAAnchor` along.
+    """For a LightningModule that brings its `EMAAnchor` along.
 
     Attributes:
-        ema_anchor: arguments of the :class:`EMAAnchor`.
+        ema_anchor: arguments of the `EMAAnchor`.
     """
 
     ema_anchor: Mapping[str, Any] = MappingProxyType({})

@@ -35,7 +35,7 @@ class SelfDistillation(Objective):
         divergence: on logits ``"kl"`` (forward, KL(teacher ‖ student)), ``"reverse_kl"`` or
             ``"js"``; on features ``"mse"`` or ``"cosine"``.
         temperature: T, with the factor T²; logits only.
-        weight: factor of the term, see :class:`~lightning_aux.Objective`.
+        weight: factor of the term, see `Objective`.
         only_correct: count only the examples whose target the teacher predicts; the others
             contribute 0 and the mean is still over all examples, so that accumulation and several
             processes give the same gradient. Logits and class-index targets only.
@@ -107,11 +107,11 @@ class SelfDistillation(Objective):
 
 
 class SelfDistillationMixin(AuxiliaryMixin):
-    """For a LightningModule that brings its :class:`SelfDistillation` along.
+    """For a LightningModule that brings its `SelfDistillation` along.
 
     Attributes:
-        self_distillation: arguments of the :class:`SelfDistillation`.
-        ema_teacher: arguments of the :class:`~lightning_aux.EMATeacher` that comes with it.
+        self_distillation: arguments of the `SelfDistillation`.
+        ema_teacher: arguments of the `EMATeacher` that comes with it.
     """
 
     self_distillation: Mapping[str, Any] = MappingProxyType({})

@@ -1,0 +1,105 @@
+"""Entry point of `lightning-aux`: finds the subcommand and hands the arguments to it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "fit": "train a LightningModule from a YAML config (LightningCLI)",
+    "validate": "evaluate a checkpoint on the validation data",
+    "test": "evaluate a checkpoint on the test data",
+    "predict": "run predict_step over the data",
+    "compare": "train a baseline and variants over several seeds and report the differences",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        Exit status: 0 when everything asked for was done, 1 when a run of `compare` failed,
+        130 after Ctrl-C.
+
+    Raises:
+        SystemExit: With status 2 when the arguments or a config are wrong.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        from lightning_aux import __version__
+
+        print(f"lightning-aux {__version__}")
+        return 0
+    if command not in COMMANDS:
+        _exit_with_error(_unknown(command))
+    _make_working_directory_importable()
+    try:
+        if command == "compare":
+            from lightning_aux.cli.compare import compare
+
+            return compare(arguments[1:])
+        from lightning_aux.cli.trainer_cli import AuxCLI
+
+        AuxCLI(args=arguments)
+    except ModuleNotFoundError as error:
+        hint = _missing_package_hint(error.name or "")
+        if hint is None:
+            raise
+        _exit_with_error(hint)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-aux COMMAND [--config FILE] ...",
+            "",
+            "Auxiliary training objectives for an unmodified LightningModule.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help  show this text; after a command, that command's own options",
+            "  --version   show the version",
+        ]
+    )
+
+
+def _unknown(command: str) -> str:
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    guess = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
+
+
+def _missing_package_hint(package: str) -> str | None:
+    """What to install, when it is one of the command's own requirements that is missing."""
+    root = package.partition(".")[0]
+    if root in ("jsonargparse", "docstring_parser", "rich", "yaml"):
+        return f"needs the package '{root}': pip install 'jsonargparse[signatures]' rich"
+    if root in ("matplotlib", "scipy"):
+        return f"compare needs the package '{root}': pip install 'lightning-aux[recipes]'"
+    return None
+
+
+def _make_working_directory_importable() -> None:
+    """Let `class_path: my_package.MyModule` in a config name modules beside the user."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _exit_with_error(message: str) -> None:
+    print(f"lightning-aux: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

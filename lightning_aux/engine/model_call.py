@@ -1,0 +1,121 @@
+"""``ModelCall``: which call in the user's step is the model's, and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_aux.engine.capture import Capture
+from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.step import Call, Record
+
+__all__ = ["ModelCall", "versions"]
+
+
+class ModelCall:
+    """The call that maps the batch to the model's output, found in the first step.
+
+    It is the module's own ``forward`` if the step calls it; else the one direct child that is
+    called on data, not on something another layer has computed.
+
+    Attributes:
+        where: the call in words, or why there is none; empty before the first step.
+        doubt: why the output of that call may not be the logits; usually empty.
+    """
+
+    def __init__(self, module: nn.Module, capture: Capture) -> None:
+        self._module = module
+        self._capture = capture
+        self._path: str | None = None
+        self._candidates: list[str] = []
+        self._own_hooks: list[str] = []
+        self.where = ""
+        self.doubt = ""
+
+    def watch(self) -> None:
+        """Record the direct children that have parameters, until a call is bound."""
+        self._candidates = [
+            name
+            for name, child in self._module.named_children()
+            if any(True for _ in child.parameters())
+        ]
+        self._own_hooks = [name for name in self._candidates if name not in self._capture]
+        self._capture.add(self._own_hooks, "the engine")
+
+    def bind(self, record: Record) -> None:
+        """Decide which call it is, once, from what the first step called."""
+        if self.where:
+            return
+        name = type(self._module).__name__
+        called = [path for path in self._candidates if path in record.calls]
+        on_data = [path for path in called if not _depends_on_graph(record.calls[path][0])]
+        say = "say how to run it: Taps(logits='...', forward=lambda module, batch: ...)"
+        if "" in record.calls:
+            self._path, self.where = "", f"{name}.forward(...)"
+        elif len(on_data) == 1:
+            self._path, self.where = on_data[0], f"{name}.{on_data[0]}(...)"
+            later = [path for path in called if path != self._path]
+            if later:  # a teacher could run that part, but the logits come out of another
+                self.doubt = (
+                    f"{name}.training_step does not call self(...), and after {self._path!r} it "
+                    f"calls {', '.join(map(repr, later))}: it is not clear which of them gives "
+                    f"the logits. Call self(x) in training_step, or {say}."
+                )
+        else:
+            self.where = (
+                f"{name}.training_step does not call self(...), and it is not clear which "
+                f"submodule is the model (called: {', '.join(called) or 'none'}). Call self(x) in "
+                f"training_step, or {say}."
+            )
+        self._capture.drop([path for path in self._own_hooks if path != self._path])
+
+    def of(self, record: Record, asked_by: str) -> Call:
+        """The model's call in this record.
+
+        Raises:
+            AuxiliaryError: there is none.
+        """
+        self.bind(record)
+        if self._path is None:
+            raise AuxiliaryError(f"{asked_by}: {self.where}")
+        calls = record.calls.get(self._path)
+        if not calls:
+            raise AuxiliaryError(
+                f"{asked_by}: {self.where} was not called in this step, although it was in the "
+                f"first. Name the logits with Taps(logits='...')."
+            )
+        return calls[0]
+
+    def again(self, record: Record, asked_by: str) -> Callable[[], Any]:
+        """A function that makes the model's call of this record once more.
+
+        Raises:
+            AuxiliaryError: there is none, or the model has overwritten its input.
+        """
+        call = self.of(record, asked_by)
+        if call.overwritten:
+            raise AuxiliaryError(
+                f"{asked_by}: {self.where} writes into its own input, so a teacher cannot see the "
+                f"batch that the model saw. Begin it with x = x.clone(), or use operations that "
+                f"are not in place."
+            )
+        model = self._module.get_submodule(self._path) if self._path else self._module.forward
+        return lambda: model(*call.arguments, **call.keywords)
+
+
+def versions(arguments: tuple[Any, ...]) -> list[int]:
+    """How often each tensor among the arguments has been written to."""
+    if torch.compiler.is_compiling():  # a compiled graph has no version counters
+        return []
+    return [
+        each._version for each in arguments if isinstance(each, Tensor) and not each.is_inference()
+    ]
+
+
+def _depends_on_graph(call: Call) -> bool:
+    inputs = tree_leaves((call.arguments, call.keywords))
+    return any(isinstance(each, Tensor) and each.requires_grad for each in inputs)

@@ -1,0 +1,6 @@
+"""Handwritten digits: a convolutional classifier, its data, and a YAML file per experiment."""
+
+from recipes.digits.data import DigitsData
+from recipes.digits.model import ImageClassifier
+
+__all__ = ["DigitsData", "ImageClassifier"]

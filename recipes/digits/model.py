@@ -1,0 +1,75 @@
+"""A small two-dimensional convolutional classifier as a plain LightningModule."""
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(LightningModule):
+    """Two convolutions, dropout and a linear layer, trained with AdamW.
+
+    Logs `train_loss`, `val_loss`, `val_acc` and `test_acc` once per epoch.
+
+    Args:
+        width: Channels of the first convolution; the second has twice as many.
+        dropout: Probability that a feature is zeroed before the linear layer.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        num_classes: Number of classes.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        dropout: float = 0.0,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * width * 4 * 4, num_classes)
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(batch, classes)` of images `(batch, 1, 8, 8)`."""
+        return self.head(self.dropout(self.encoder(x)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = cross_entropy(self(x), y)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self.val_acc(logits, y)
+        self.log("val_loss", cross_entropy(logits, y))
+        self.log("val_acc", self.val_acc, prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        x, y = batch
+        self.test_acc(self(x), y)
+        self.log("test_acc", self.test_acc)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self(batch[0]).softmax(dim=-1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)

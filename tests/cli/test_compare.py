@@ -1,0 +1,314 @@
+"""`lightning-aux compare`: paired runs, kept results, failures that stay local, clear errors."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+from lightning_aux.cli import main
+
+ROOT = Path(__file__).parents[2]
+BASE = {
+    "model": {"class_path": "tests.cli.toy.ToyModel"},
+    "data": {"class_path": "tests.cli.toy.ToyData"},
+    "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1},
+}
+
+
+def toy(name, **init_args):
+    return {"class_path": f"tests.cli.toy.{name}", "init_args": init_args}
+
+
+class Workplace:
+    """A folder with a base config; `compare` writes a compare file there and runs it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.output = path / "out"
+        self.content = {"base": "base.yaml", "seeds": [0, 1], "metric": "test_error", "mode": "min"}
+        self.write_base(BASE)
+
+    def write_base(self, base):
+        (self.path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(self, **content):
+        file = self.path / "compare.yaml"
+        file.write_text(yaml.safe_dump({**self.content, **content}))
+        return ["compare", f"--config={file}", "--output", str(self.output)]
+
+    def compare(self, *flags, **content):
+        return main([*self.write(**content), *flags])
+
+    def result(self, variant, seed):
+        return json.loads((self.run_directory(variant, seed) / "result.json").read_text())
+
+    def run_directory(self, variant, seed):
+        return self.output / "runs" / variant / f"seed{seed}"
+
+    def rows(self, name):
+        with (self.output / name).open() as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return Workplace(tmp_path)
+
+
+def test_a_seed_fixes_initialisation_and_order_for_every_variant(place):
+    variants = {
+        "draws": {"callbacks": [toy("Draws")]},
+        "slow": {"set": {"model.init_args.lr": 0.01}},
+    }
+    assert place.compare(variants=variants) == 0
+
+    seen = {}
+    for seed in (0, 1):
+        for variant in ("baseline", "draws", "slow"):
+            history = place.result(variant, seed)["history"]
+            seen[variant, seed] = [(epoch["start"], epoch["order"]) for epoch in history]
+        assert seen["draws", seed] == seen["baseline", seed]
+        assert seen["slow", seed] == seen["baseline", seed]
+    assert seen["baseline", 0] != seen["baseline", 1]
+    orders = [order for _, order in seen["baseline", 0]]
+    assert len(set(orders)) == 3, "every epoch has an order of its own"
+
+
+def test_order_is_paired_with_loader_workers_too(place):
+    variants = {"draws": {"callbacks": [toy("Draws")]}}
+    place.compare("--seeds=0", variants=variants, set={"data.init_args.num_workers": 1})
+
+    orders = [
+        [epoch["order"] for epoch in place.result(variant, 0)["history"]]
+        for variant in ("baseline", "draws")
+    ]
+    assert orders[0] == orders[1]
+
+
+def test_difference_and_interval_are_those_of_the_paired_t_test(place):
+    variants = {"slow": {"set": {"model.init_args.lr": 0.02}}}
+    place.compare(variants=variants, seeds=[0, 1, 2])
+
+    values = {
+        (row["variant"], row["seed"]): float(row["test_error"]) for row in place.rows("results.csv")
+    }
+    slow, plain = ([values[name, seed] for seed in "012"] for name in ("slow", "baseline"))
+    expected = ttest_rel(slow, plain).confidence_interval()
+    (row,) = [row for row in place.rows("summary.csv") if row["variant"] == "slow"]
+    assert (float(row["low95"]), float(row["high95"])) == pytest.approx(tuple(expected), rel=1e-4)
+
+
+def test_finished_runs_are_kept_and_changed_ones_run_again(place, capsys):
+    variants = {"a": {"set": {"model.init_args.lr": 0.05}}, "b": {"callbacks": [toy("Draws")]}}
+    place.compare(variants=variants)
+    written = {
+        (name, seed): (place.run_directory(name, seed) / "result.json").stat().st_mtime_ns
+        for name in ("baseline", "a", "b")
+        for seed in (0, 1)
+    }
+
+    def ran_again():
+        return {
+            key
+            for key, before in written.items()
+            if (place.run_directory(*key) / "result.json").stat().st_mtime_ns != before
+        }
+
+    capsys.readouterr()
+    place.compare(variants=variants)
+    assert ran_again() == set()
+    assert "6 of 6 runs were finished before" in capsys.readouterr().out
+
+    variants["a"]["set"]["model.init_args.lr"] = 0.06
+    place.compare(variants=variants)
+    assert ran_again() == {("a", 0), ("a", 1)}
+
+    place.compare("--fresh", variants=variants)
+    assert ran_again() == set(written)
+
+
+def test_an_unfinished_run_is_not_taken_for_finished(place):
+    place.compare("--seeds=0")
+    result = place.run_directory("baseline", 0) / "result.json"
+    result.write_text(result.read_text()[:40])
+    assert place.compare("--seeds=0") == 0
+    assert place.result("baseline", 0)["metrics"]["test_error"] > 0
+
+
+def test_ctrl_c_keeps_finished_runs_and_the_same_command_goes_on(place):
+    mark = place.path / "third-run"
+    variants = {
+        "waits": {"callbacks": [toy("Marks", path=str(mark))], "set": {"model.init_args.wait": 0.3}}
+    }
+    arguments = place.write(variants=variants, seeds=[0], set={"trainer.max_epochs": 20})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_aux.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+    assert process.returncode == 130, output
+    assert "The same command goes on" in output
+    assert "Traceback" not in output
+    assert not (place.run_directory("waits", 0) / "result.json").exists()
+    finished = (place.run_directory("baseline", 0) / "result.json").stat().st_mtime_ns
+
+    variants["waits"]["set"]["model.init_args.wait"] = 0.0
+    assert place.compare(variants=variants, seeds=[0], set={"trainer.max_epochs": 20}) == 0
+    assert (place.run_directory("baseline", 0) / "result.json").stat().st_mtime_ns == finished
+
+
+def test_ctrl_c_is_heard_again_after_lightning_has_handled_it(place, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tests.cli.toy.ToyModel.training_step", interrupt)
+    assert place.compare() == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_failing_variant_is_kept_and_the_rest_goes_on(place, capsys):
+    variants = {"broken": {"callbacks": [toy("Fails")]}, "draws": {"callbacks": [toy("Draws")]}}
+    assert place.compare(variants=variants) == 1
+
+    summary = {row["variant"]: row for row in place.rows("summary.csv")}
+    assert summary["broken"]["failed"] == "2"
+    assert summary["broken"]["mean"] == "nan"
+    assert summary["draws"]["verdict"] == "no difference shown"
+    output = capsys.readouterr().out
+    assert "failed: 2 of 2 seeds" in output
+    assert "RuntimeError: this variant cannot train" in output
+    assert "in on_train_start" in (place.run_directory("broken", 1) / "error.txt").read_text()
+    assert "this variant cannot train" in (place.output / "report.html").read_text()
+
+
+def test_several_devices_are_refused_by_name(place, capsys):
+    assert place.compare("--seeds=0", set={"trainer.devices": 2}) == 1
+    assert "set trainer.devices to 1" in capsys.readouterr().out
+
+
+def test_step_time_includes_callbacks_that_the_module_brings(place, monkeypatch):
+    from tests.cli.toy import Sleeps, ToyModel
+
+    monkeypatch.setattr(ToyModel, "configure_callbacks", lambda self: [Sleeps(0.02)])
+    place.compare("--seeds=0", "--epochs=7")
+    assert place.result("baseline", 0)["step_seconds"] >= 0.02
+
+
+def test_step_time_includes_callbacks_and_leaves_out_the_warm_up(place):
+    variants = {"sleeps": {"callbacks": [toy("Sleeps", seconds=0.02)]}}
+    place.compare("--seeds=0", "--epochs=7", variants=variants)
+
+    times = {row["variant"]: row["ms_per_step"] for row in place.rows("results.csv")}
+    assert float(times["sleeps"]) >= 20
+    assert float(times["baseline"]) < 20
+    place.compare("--seeds=0", "--epochs=2")
+    assert place.result("baseline", 0)["step_seconds"] is None, "8 steps are all warm-up"
+
+
+def test_curves_hold_every_epoch_of_every_metric(place):
+    place.compare("--epochs=4", curve="val_error")
+
+    epochs = [
+        int(row["epoch"])
+        for row in place.rows("curves.csv")
+        if row["metric"] == "val_error" and row["seed"] == "1"
+    ]
+    assert epochs == [0, 1, 2, 3]
+
+
+def test_report_needs_no_other_file(place):
+    variants = {"draws": {"callbacks": [toy("Draws")]}}
+    place.compare(variants=variants, curve="val_error", title="Toys & <others>")
+
+    html = (place.output / "report.html").read_text()
+    links = re.findall(r'(?:src|srcset|href)="([^"]{0,40})', html)
+    assert len(links) == 8
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert "<title>Toys &amp; &lt;others&gt;</title>" in html
+    assert (place.output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (place.output / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_beside_a_run_starts_the_same_run(place, tmp_path):
+    place.compare("--seeds=1")
+    config = yaml.safe_load((place.run_directory("baseline", 1) / "config.yaml").read_text())
+    assert config["seed_everything"] == 1
+    assert config["model"]["init_args"] == {"lr": 0.1, "wait": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"varaints": {}}, "unknown key 'varaints'. Did you mean 'variants'?"),
+        ({"base": "bas.yaml"}, "there is no file"),
+        ({"base": "bas.yaml"}, "Did you mean 'base.yaml'?"),
+        ({"baseline": "slwo", "variants": {"slow": {}}}, "no variant 'slwo'. Did you mean 'slow'?"),
+        ({"mode": "maximum"}, "mode is 'max' or 'min', not 'maximum'"),
+        ({"seeds": [0, 0]}, "seeds are different integers"),
+        ({"seeds": 3}, "'seeds' is a list, not 3"),
+        ({"variants": {"a b": {}}}, "a name has letters, digits"),
+        ({"variants": {"baseline": {"callbacks": []}}}, "is the plain base itself"),
+        ({"variants": {"a": {"callback": []}}}, "Did you mean 'callbacks'?"),
+        ({"variants": {"a": {"callbacks": [toy("Nowhere")]}}}, "variant 'a'"),
+        ({"variants": {"a": {"callbacks": [toy("Sleeps", secs=1)]}}}, "secs"),
+        ({"variants": {"a": {"callbacks": [toy("Sleeps", seconds="x")]}}}, "seconds"),
+        ({"variants": {"a": {"callbacks": [toy("Refuses", value=2)]}}}, "value=2.0 is refused"),
+        ({"set": {"trainer.max_epoks": 3}}, "max_epoks"),
+        ({"set": {"trainer.max_epochs.x": 3}}, "'trainer.max_epochs' is not a mapping"),
+        ({"set": {"model.init_args.lr": "fast"}}, "lr"),
+    ],
+)
+def test_a_wrong_file_ends_before_anything_trains(place, capsys, content, message):
+    with pytest.raises(SystemExit) as stop:
+        place.compare(**content)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not place.output.exists()
+
+
+def test_a_metric_that_nobody_logs_ends_after_the_first_run(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        place.compare(metric="tset_error")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "logged no 'tset_error'. Did you mean 'test_error'?" in error
+    assert not place.run_directory("baseline", 1).exists()
+
+
+def test_a_base_that_continues_a_checkpoint_is_refused(place, capsys):
+    place.write_base({**BASE, "ckpt_path": "last.ckpt"})
+    with pytest.raises(SystemExit):
+        place.compare()
+    assert "remove 'ckpt_path'" in capsys.readouterr().err
+
+
+def test_displays_of_the_base_give_way(place):
+    trainer = {**BASE["trainer"], "callbacks": [{"class_path": "RichProgressBar"}]}
+    place.write_base({**BASE, "trainer": trainer})
+    assert place.compare("--seeds=0") == 0
