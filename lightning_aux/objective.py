@@ -144,7 +144,10 @@ class Objective(Attached):
 
     def term(self, step: Step) -> Tensor | None:
         """`loss`, checked; ``None`` when a non-finite term is skipped."""
-        term = self.loss(step)
+        try:
+            term = self.loss(step)
+        except ValueError as error:  # a formula refuses its input, but does not know whose it is
+            raise AuxiliaryError(f"{self.name}: {error}") from error
         if not isinstance(term, Tensor) or term.numel() != 1 or not term.is_floating_point():
             got = f"shape {tuple(term.shape)}" if isinstance(term, Tensor) else repr(term)
             raise AuxiliaryError(

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback
 
 from lightning_aux.cli.trainer_cli import AuxCLI, root_cause
+from lightning_aux.cli.yaml_keys import with_names_as_keys
 
 BASELINE = "baseline"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -256,7 +257,7 @@ def _load_mapping(path: Path, role: str) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         raise ComparisonError(f"{role}: there is no file {path}.{_did_you_mean(near)}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = with_names_as_keys(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise ComparisonError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

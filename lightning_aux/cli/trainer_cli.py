@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_aux
 from lightning_aux import AuxiliaryError
+from lightning_aux.cli.yaml_keys import PARSER_MODE
 from lightning_aux.schedule import ScheduleError
 
 WANDB_LOGGER = "lightning.pytorch.loggers.WandbLogger"
@@ -37,7 +38,11 @@ class AuxCLI(LightningCLI):
             args=args,
             run=run,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-aux", "exit_on_error": exit_on_error},
+            parser_kwargs={
+                "prog": "lightning-aux",
+                "exit_on_error": exit_on_error,
+                "parser_mode": PARSER_MODE,
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

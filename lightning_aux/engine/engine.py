@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -166,11 +167,13 @@ class Engine:
         self._patches.set(self.module, "configure_model", configure_model_then_heads)
 
     def _build_heads(self) -> None:
-        for name, member in self.members.items():
-            head = member.build_head(self.module)
+        cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=cuda):  # the user's random stream goes on without us
+            built = {name: each.build_head(self.module) for name, each in self.members.items()}
+        for name, head in built.items():
             if head is not None:
                 self.heads.add(name, head)
-                member.head = head  # type: ignore[attr-defined]
+                self.members[name].head = head  # type: ignore[attr-defined]
         if not self.heads:
             return
         if "FSDP" in type(self.trainer.strategy).__name__ or hasattr(

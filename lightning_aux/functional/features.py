@@ -57,5 +57,7 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; choose another layer or project"
         )
     if student.numel() == 0:
-        raise ValueError(f"no features to compare: their shape is {tuple(student.shape)}")
+        raise ValueError(
+            f"no features to compare: their shape is {tuple(student.shape)}; drop empty batches"
+        )
     return at_least_float32(student), at_least_float32(teacher.detach())

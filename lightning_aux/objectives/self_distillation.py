@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Pass, Step, Tap
+from lightning_aux.engine.taps import describe
 from lightning_aux.functional import DIVERGENCES, FEATURE_DISTANCES
 from lightning_aux.mixin import AuxiliaryMixin
 from lightning_aux.objective import Objective
@@ -102,7 +103,14 @@ class SelfDistillation(Objective):
         distance = FEATURE_DISTANCES[self.divergence]
         student, taught = step.features(self.on), teacher.features(self.on)
         if not isinstance(student, dict):
-            return distance(student, taught)
+            student, taught = {str(self.on): student}, {str(self.on): taught}
+        for path, output in student.items():
+            if not isinstance(output, Tensor):
+                raise AuxiliaryError(
+                    f"{self.name}: the output of {path!r} is {describe(output)}, not a tensor. "
+                    f"Name a module that returns one tensor, or pick it: on=lambda p: "
+                    f"p.features()[0] with taps=Taps(features={path!r})."
+                )
         return torch.stack([distance(student[path], taught[path]) for path in student]).mean()
 
 

@@ -6,6 +6,7 @@ functionalisation and autograd partitioning as the default one and needs no C++ 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ def trained(
     plain_trainer: Any, callbacks: list[Any], compiled: Callable[[Classifier], Any]
 ) -> tuple[dict[str, Tensor], L.Trainer]:
     torch.manual_seed(6)
-    model = Classifier(dropout=0.1)
+    model = Classifier()
     trainer = plain_trainer(max_epochs=2, callbacks=callbacks)
     trainer.fit(compiled(model), rows())
     return plain_weights(model), trainer
@@ -281,4 +282,13 @@ def test_a_rate_that_changes_in_every_step_is_followed_beyond_torchs_limit_of_gr
         [aux.DropoutSchedule(0.5, until="100%", shape="linear")],
         lambda model: whole(model, backend="eager"),
     )
+    assert largest_difference(eager, compiled) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+@pytest.mark.parametrize("way", ["whole", "submodule"])
+def test_the_default_backend_trains_as_eager(way, plain_trainer):
+    eager, _ = trained(plain_trainer, OBJECTIVES["teacher's features"](), lambda model: model)
+    compiled, _ = trained(plain_trainer, OBJECTIVES["teacher's features"](), WAYS[way])
     assert largest_difference(eager, compiled) < TOLERANCE

@@ -1,0 +1,214 @@
+"""Every registered objective once more, written by hand into a training step in plain torch.
+
+Nothing of the package is used: softmax and logarithms are spelt out, teachers are deep copies that
+are updated in a loop, memory per sample is keyed by an index that the dataset hands out. A new
+entry of the registry needs its reference here; without one the suite fails and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.contract.models import CLASSES, Classifier
+
+
+class Reference:
+    """One term by hand: what happens before training, in a step, and after an optimizer step."""
+
+    def begin(self, module: Classifier) -> None: ...
+
+    def before(self, module: Classifier, steps: int, total: int) -> None: ...
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return logits.new_zeros(())
+
+    def stepped(self, module: Classifier) -> None: ...
+
+
+class HandWritten(Classifier):
+    """The classifier with one term in its own training step.
+
+    Args:
+        reference: The term.
+        weight: Its factor, or a function of the optimizer steps taken and their total.
+        window: Samples of a full accumulation window: a smaller batch counts for its share.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        weight: float | Callable[[int, int], float] = 1.0,
+        window: int | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.reference = reference
+        self.weight = weight
+        self.window = window
+        self.stepped = 0
+
+    def on_train_start(self) -> None:
+        self.reference.begin(self)
+
+    def total_loss(self, batch: Any) -> Tensor:
+        x, y, _ = batch
+        steps, total = self.trainer.global_step, self.trainer.estimated_stepping_batches
+        self.reference.before(self, steps, int(total))
+        logits = self(x)
+        weight = self.weight(steps, int(total)) if callable(self.weight) else self.weight
+        loss = F.cross_entropy(logits, y) + weight * self.reference.term(self, batch, logits)
+        return loss if self.window is None else loss * len(x) / self.window
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step > self.stepped:
+            self.stepped = self.trainer.global_step
+            self.reference.stepped(self)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    shifted = logits - logits.max(1, keepdim=True).values
+    return shifted - shifted.exp().sum(1, keepdim=True).log()
+
+
+def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) per example."""
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+class Taught(Reference):
+    """A term with a frozen (`decay=None`) or averaged copy of the model."""
+
+    def __init__(self, decay: float | None, warmup: bool = False) -> None:
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+        self.teacher = nn.Sequential()
+
+    def begin(self, module: Classifier) -> None:
+        self.teacher = nn.Sequential(deepcopy(module.encoder), deepcopy(module.head))
+        self.teacher.eval().requires_grad_(False)
+
+    def stepped(self, module: Classifier) -> None:
+        if self.decay is None:
+            return
+        decay, n = self.decay, self.updates
+        if self.warmup:
+            decay = min(decay, (1 + n) / (10 + n))
+        student = nn.Sequential(module.encoder, module.head)
+        for average, value in zip(self.teacher.parameters(), student.parameters(), strict=True):
+            average.copy_(decay * average + (1 - decay) * value.detach())
+        for own, live in zip(self.teacher.buffers(), student.buffers(), strict=True):
+            own.copy_(live)
+        self.updates += 1
+
+
+class OutputAnchor(Taught):
+    """T²·KL(student ‖ teacher) − entropy·H(student), with T = 2 and entropy = 0.1."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_q, log_p = log_softmax(logits / 2), log_softmax(self.teacher(batch[0]) / 2)
+        plain = log_softmax(logits)
+        entropy = -(plain.exp() * plain).sum(1).mean()
+        return 4 * relative_entropy(log_q, log_p).mean() - 0.1 * entropy
+
+
+class WeightAnchor(Taught):
+    """Σ ‖θ − φ‖²."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        student = [*module.encoder.parameters(), *module.head.parameters()]
+        pairs = zip(student, self.teacher.parameters(), strict=True)
+        return torch.stack([((theta - phi) ** 2).sum() for theta, phi in pairs]).sum()
+
+
+class Distilled(Taught):
+    """T²·KL(teacher ‖ student), T = 2."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_p, log_q = log_softmax(self.teacher(batch[0]) / 2), log_softmax(logits / 2)
+        return 4 * relative_entropy(log_p, log_q).mean()
+
+
+class DistilledWhereRight(Taught):
+    """Jensen-Shannon divergence on the examples that the teacher gets right, over all of them."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        x, y, _ = batch
+        taught = self.teacher(x)
+        log_p, log_q = log_softmax(taught), log_softmax(logits)
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        each = (relative_entropy(log_p, log_m) + relative_entropy(log_q, log_m)) / 2
+        return (each * (taught.argmax(1) == y)).sum() / len(x)
+
+
+class DistilledFeatures(Taught):
+    """Mean squared distance of the encoders' outputs."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        module.encoder.register_forward_hook(self.remember)
+
+    def remember(self, encoder: nn.Module, inputs: Any, features: Tensor) -> None:
+        self.features = features
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return ((self.features - self.teacher[0](batch[0])) ** 2).mean()
+
+
+class EarlyLearning(Reference):
+    """mean log(1 − ⟨p, t⟩) with t ← 0.7·t + 0.3·p, one row of t per sample of the dataset."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+        self.pending: dict[int, Tensor] = {}
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        p = log_softmax(logits).exp().clamp(1e-4, 1 - 1e-4)
+        inner = []
+        for row, sample in enumerate(batch[2].tolist()):
+            before = self.rows.get(sample, torch.zeros(CLASSES))
+            target = 0.7 * before + 0.3 * (p[row] / p[row].sum()).detach()
+            self.pending[sample] = target
+            inner.append((p[row] * target).sum())
+        return (1 - torch.stack(inner)).log().mean()
+
+    def stepped(self, module: Classifier) -> None:
+        self.rows |= self.pending
+        self.pending = {}
+
+
+class EarlyDropout(Reference):
+    """No term: the rate falls along `numpy.linspace(0.3, 0, half)` and is 0 from then on."""
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        half = total // 2
+        rates = torch.linspace(0.3, 0, half, dtype=torch.float64).tolist()
+        dropout = module.encoder[-1]
+        assert isinstance(dropout, nn.Dropout)
+        dropout.p = rates[steps] if steps < half else 0.0
+
+
+REFERENCES: dict[str, Callable[[], Reference]] = {
+    "dropout_schedule": EarlyDropout,
+    "ema_anchor_output": lambda: OutputAnchor(decay=0.9),
+    "ema_anchor_weight": lambda: WeightAnchor(decay=0.9),
+    "self_distillation_kl": lambda: Distilled(decay=0.9),
+    "self_distillation_js_correct": lambda: DistilledWhereRight(decay=None),
+    "self_distillation_features": lambda: DistilledFeatures(decay=0.9, warmup=True),
+    "early_learning_regularization": EarlyLearning,
+}
+
+
+def reference(entry: str) -> Reference:
+    """The hand-written form of a registry entry."""
+    if entry not in REFERENCES:
+        pytest.fail(
+            f"{entry!r} is in lightning_aux/registry.py and changes training, but nothing says "
+            f"independently what it should do: write its reference in tests/contract/references.py"
+        )
+    return REFERENCES[entry]()

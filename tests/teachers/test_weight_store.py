@@ -1,0 +1,246 @@
+"""``WeightStore``: values for any module, exchanged for a forward and put back whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+import lightning_aux as aux
+from lightning_aux.teachers import WeightStore
+from tests.engine.small_models import Blind, Classifier, equal, rows, weights
+
+
+class LastOutput(nn.Module):
+    """The last output of an RNN."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x[:, None, :].expand(-1, 3, -1))[0][:, -1]
+
+
+class Tied(nn.Module):
+    """One weight under two names, and a buffer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.outer = nn.Linear(4, 8)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.inner.weight
+        self.register_buffer("scale", torch.ones(1))
+        self.second.register_buffer("scale", self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.second(torch.tanh(self.inner(x))) * self.scale)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 8),
+    "batch norm": lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)),
+    "two-layer LSTM": lambda: LastOutput(nn.LSTM(4, 8, num_layers=2, batch_first=True)),
+    "GRU": lambda: LastOutput(nn.GRU(4, 8, batch_first=True)),
+    "attention": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    "tied": Tied,
+    "weight_norm, old": lambda: weight_norm(nn.Linear(4, 8)),
+    "weight_norm, new": lambda: parametrizations.weight_norm(nn.Linear(4, 8)),
+    "spectral_norm, old": lambda: spectral_norm(nn.Linear(4, 8)),
+    "spectral_norm, new": lambda: parametrizations.spectral_norm(nn.Linear(4, 8)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+}
+
+
+class Around(Classifier):
+    """A classifier around any module."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__(lr=0.1)
+        self.encoder = make()
+        with torch.no_grad():
+            width = self.eval().encoder(torch.randn(2, 4)).flatten(1).shape[1]
+        self.train()
+        self.classifier = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.encoder(x * x.new_tensor([1.0, 1.0, 1.0, 0.01])).flatten(1))
+
+
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_pass_with_a_teachers_weights_is_that_of_a_module_that_has_them(kind, plain_trainer):
+    """Copied by rebuilding and ``load_state_dict``: ``deepcopy`` refuses some of these (F75)."""
+    torch.manual_seed(8)
+    model = Around(MODULES[kind])
+    reference = Around(MODULES[kind])
+    reference.load_state_dict(model.state_dict())
+    reference.eval()
+    initial = Around(MODULES[kind])
+    initial.load_state_dict(model.state_dict())
+
+    def look(step: aux.Step) -> bool:
+        # "copy": the teacher has its weights and the live module's buffers of the last update.
+        with torch.no_grad():
+            expected = reference(step.batch[0])
+        taught = step.teacher("frozen").logits
+        return bool(torch.allclose(taught, expected, atol=1e-6))
+
+    probe = Blind(look)
+    plain_trainer(max_epochs=2, callbacks=[probe, aux.FrozenTeacher()]).fit(model, rows())
+    assert probe.seen == [True] * 12
+    changed = [n for n, v in weights(model).items() if not torch.equal(v, initial.state_dict()[n])]
+    assert any(name.startswith("encoder") for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
+@pytest.mark.parametrize("kind", MODULES)
+def test_training_with_a_teacher_that_nobody_listens_to_is_training_without(kind, plain_trainer):
+    results = []
+    for callbacks in ([], [aux.EMATeacher(0.5), Blind(lambda step: step.teacher("ema").logits)]):
+        torch.manual_seed(8)
+        model = Around(MODULES[kind])
+        plain_trainer(max_epochs=2, callbacks=callbacks).fit(model, rows())
+        results.append(weights(model))
+    assert equal(*results)
+
+
+def test_the_flat_weights_of_an_lstm_are_exchanged_too():
+    """cuDNN and the CPU kernels read the list that the LSTM keeps, not its attributes."""
+    lstm = nn.LSTM(4, 8, num_layers=2)
+    other = nn.LSTM(4, 8, num_layers=2)
+    store = WeightStore(lstm)
+    store.load_state_dict(other.state_dict(), "test")
+    x = torch.randn(5, 2, 4)
+    own, _ = lstm(x)
+    with store.in_place(), torch.no_grad():
+        assert all(
+            mine is getattr(lstm, name)
+            for mine, name in zip(lstm._flat_weights, lstm._flat_weights_names, strict=True)
+        )
+        assert torch.equal(lstm(x)[0], other(x)[0])
+    assert torch.equal(lstm(x)[0], own)
+
+
+def test_tied_weights_are_held_once_and_stay_tied():
+    module = Tied()
+    store = WeightStore(module)
+    assert sorted(store.state_dict()) == [
+        "inner.bias", "inner.weight", "outer.bias", "outer.weight", "scale", "second.bias",
+    ]  # fmt: skip
+    with torch.no_grad():
+        module.inner.weight.add_(1)
+    store.update(0.0)
+    live = module.inner.weight
+    with store.in_place():
+        assert module.inner.weight is live
+        assert module.second.weight is live
+        assert module.inner.weight.data_ptr() == store.state_dict()["inner.weight"].data_ptr()
+    assert module.second.weight is module.inner.weight
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_whatever_is_raised_inside_the_users_weights_come_back(error):
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    store = WeightStore(module)
+    with torch.no_grad():
+        for value in (*module.parameters(), *module.buffers()):
+            value.add_(1)
+    before, pointers = weights(module), [p.data_ptr() for p in module.parameters()]
+    buffers = dict(module.named_buffers())
+    with pytest.raises(error), store.in_place():  # noqa: PT012
+        assert not equal(weights(module), before)
+        raise error
+    assert equal(weights(module), before)
+    assert [p.data_ptr() for p in module.parameters()] == pointers
+    assert all(buffers[name] is buffer for name, buffer in module.named_buffers())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_the_teachers_pass_leaves_the_students_weights_and_modes(error, plain_trainer):
+    class Fragile(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            if not self.training and self.trainer.global_step == 3:
+                during.update(weights(self))
+                raise error("in the teacher's pass")
+            return logits
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            live.clear()
+            live.update(weights(self))
+
+    live: dict[str, Tensor] = {}
+    during: dict[str, Tensor] = {}
+    model = Fragile()
+    callbacks = [aux.EMATeacher(decay=0.5), aux.SelfDistillation()]
+    trainer = plain_trainer(callbacks=callbacks)
+    expected = error if error is RuntimeError else (KeyboardInterrupt, SystemExit)
+    with pytest.raises(expected):
+        trainer.fit(model, rows())
+    assert not equal(during, live)
+    assert equal(weights(model), live)
+    assert all(module.training for module in model.modules())
+
+
+def test_the_students_graph_survives_the_exchange():
+    """Forward, exchange, exchange back, backward: the gradients are those without an exchange."""
+    gradients = []
+    for exchanged in (False, True):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        store = WeightStore(module)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(2)
+        x = torch.randn(5, 4)
+        loss = module(x).square().sum()
+        if exchanged:
+            with store.in_place(), torch.no_grad():
+                module(x)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in module.named_parameters()})
+    assert equal(*gradients)
+
+
+def test_a_module_without_shapes_yet_is_a_named_error(plain_trainer):
+    class Lazy(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.LazyLinear(8), nn.Tanh())
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.classifier.parameters(), lr=0.1)
+
+    message = r"ema: 'encoder\.0\.weight', 'encoder\.0\.bias' has no shape yet"
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        plain_trainer(callbacks=[aux.EMATeacher()]).fit(Lazy(), rows())
+
+
+def test_a_module_that_replaces_its_buffers_gets_its_new_ones_back():
+    module = nn.BatchNorm1d(3)
+    store = WeightStore(module)
+    fresh = torch.full((3,), 5.0)
+    module.running_mean = fresh
+    with store.in_place():
+        assert module.running_mean is not fresh
+    assert module.running_mean is fresh
+    store.copy_buffers()
+    assert torch.equal(store.state_dict()["running_mean"], fresh)
+
+
+def test_a_copy_of_the_callbacks_is_not_attached(plain_trainer):
+    teacher = aux.EMATeacher(decay=0.5)
+    plain_trainer(max_steps=1, callbacks=[teacher]).fit(Classifier(), rows())
+    copied = deepcopy(teacher)
+    assert copied.decay == 0.5
+    with pytest.raises(aux.AuxiliaryError, match="ema is not attached"):
+        _ = copied.engine
