@@ -161,6 +161,8 @@ def _with_rate(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Module path to the module and the name of its rate."""
     found = {}
     for path, module in model.named_modules():
+        if module is model:  # its attributes are the user's hyperparameters
+            continue
         attribute = _rate_attribute(module)
         if attribute is not None:
             found[path.replace("_orig_mod.", "")] = (module, attribute)

@@ -1,0 +1,239 @@
+"""Weights & Biases: what a real offline run holds, read back from the file on disk."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+import lightning_aux as aux
+from lightning_aux.cli import main
+from tests.contract.models import ResumableLoader
+from tests.engine.small_models import Classifier, Rows, rows
+
+wandb = pytest.importorskip("wandb")
+offline_file = pytest.importorskip("tests.wandb.offline_file")
+
+EPOCHS, STEPS_PER_EPOCH = 3, 6
+TERMS = {"self_distillation", "hints", "ema_anchor", "early_learning_regularization"}
+WEIGHT = "linear(0.1, 1, until=100%)"
+
+
+class Configured(Classifier):
+    """Has hyperparameters of its own and logs something in validation."""
+
+    def __init__(self, dropout: float = 0.2, lr: float = 0.05) -> None:
+        super().__init__(dropout, lr)
+        self.save_hyperparameters()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.manual_seed(self.global_step)  # a resumed run draws what the first would have
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/output", self(batch[0]).mean())
+
+
+class Interrupted(L.Callback):
+    """Saves a checkpoint after a step, and stops once Lightning has logged that step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def attached(weight: str | float = WEIGHT) -> list[L.Callback]:
+    return [
+        aux.EMATeacher(decay=0.9, warmup=True),
+        aux.SelfDistillation(temperature=2.0, weight=weight),
+        aux.SelfDistillation(on="enc*r", divergence="mse", weight=0.25, name="hints"),
+        aux.EMAAnchor(space="weight", weight=0.01, decay=0.8, every=2),
+        aux.EarlyLearningRegularization(weight=0.5, momentum=0.6),
+        aux.DropoutSchedule(p=0.3, mode="early", until="50%", shape="linear"),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _small_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No console capture, no statistics of the machine, nothing in the home folder."""
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_CONSOLE": "off",
+        "WANDB_SILENT": "true",
+        "WANDB_X_DISABLE_STATS": "true",
+        "WANDB_X_DISABLE_META": "true",
+        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
+        "WANDB_DATA_DIR": str(tmp_path / "data"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def fit(plain_trainer: Callable[..., L.Trainer]) -> Callable[..., None]:
+    def run(logger: Any, added: list[L.Callback], ckpt_path: Any = None, **arguments: Any) -> None:
+        L.seed_everything(3, verbose=False)
+        settings = {"max_epochs": EPOCHS, "log_every_n_steps": 1} | arguments
+        trainer = plain_trainer(logger=logger, callbacks=added, **settings)
+        data = ResumableLoader(Rows(STEPS_PER_EPOCH * 4), batch_size=4)
+        trainer.fit(Configured(), data, rows(8), ckpt_path=ckpt_path, weights_only=True)
+
+    return run
+
+
+def finished(folder: Path) -> list[Any]:
+    """The runs below the ``save_dir`` of a WandbLogger, once W&B has closed their files."""
+    wandb.finish()
+    wandb.teardown()  # the process that writes the file ends a moment after finish() returns
+    return [offline_file.read(path) for path in folder.glob("wandb/offline-run-*/run-*.wandb")]
+
+
+def every_argument(callback: Any, **given: Any) -> dict[str, Any]:
+    """The signature's defaults and what was given, worked out without the package's own way."""
+    parameters = inspect.signature(type(callback).__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.name != "self"}
+    return {"class": type(callback).__name__, **defaults, **given}
+
+
+def test_f68_config_has_one_entry_per_callback_with_every_init_argument(fit, tmp_path):
+    added = attached()
+    fit(WandbLogger(offline=True, save_dir=tmp_path), added, max_epochs=1)
+    (run,) = finished(tmp_path)
+
+    teacher, distillation, hints, anchor, early, dropout = added
+    assert run.config["callbacks"] == {
+        "ema": every_argument(teacher, decay=0.9, warmup=True),
+        "self_distillation": every_argument(distillation, temperature=2.0, weight=WEIGHT),
+        "hints": every_argument(hints, on="enc*r", divergence="mse", weight=0.25, name="hints"),
+        "ema_anchor": every_argument(anchor, space="weight", weight=0.01, decay=0.8, every=2),
+        "ema_anchor.teacher": every_argument(
+            anchor.own_teacher, decay=0.8, every=2, name="ema_anchor.teacher"
+        ),
+        "early_learning_regularization": every_argument(early, weight=0.5, momentum=0.6),
+        "dropout_schedule": every_argument(dropout, p=0.3, until="50%", shape="linear"),
+    }
+    # Nothing a second time at the root, and the module's own are still there.
+    assert {key for key in run.config if not key.startswith("_")} == {"callbacks", "dropout", "lr"}
+    assert run.config["dropout"] == 0.2
+    assert run.config["lr"] == 0.05
+    written = [value for key, value in run.updates if key == "callbacks"]
+    assert all(value == written[0] for value in written)
+
+
+def test_f68_config_of_the_command_has_the_callbacks_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    config = {
+        "model": {"class_path": "tests.cli.toy.ToyModel"},
+        "data": {"class_path": "tests.cli.toy.ToyData"},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "default_root_dir": str(tmp_path),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "limit_val_batches": 0,
+            "logger": {
+                "class_path": "WandbLogger",
+                "init_args": {"offline": True, "save_dir": str(tmp_path)},
+            },
+            "callbacks": [
+                {"class_path": "EMATeacher", "init_args": {"decay": 0.75}},
+                {
+                    "class_path": "EMAAnchor",
+                    "init_args": {"teacher": "ema", "space": "weight", "weight": WEIGHT},
+                },
+            ],
+        },
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "fit.yaml")]) == 0
+    (run,) = finished(tmp_path)
+    assert run.config["callbacks"] == {
+        "ema": every_argument(aux.EMATeacher(), decay=0.75),
+        "ema_anchor": every_argument(aux.EMAAnchor(), teacher="ema", space="weight", weight=WEIGHT),
+    }
+    assert {key for key in run.config if not key.startswith("_")} == {"callbacks"}
+
+
+def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
+    loggers = [
+        WandbLogger(offline=True, save_dir=tmp_path),
+        CSVLogger(tmp_path, name="", version="csv"),
+    ]
+    fit(loggers, attached(), log_every_n_steps=2)
+    (run,) = finished(tmp_path)
+    history = run.aux_rows()
+
+    steps = EPOCHS * STEPS_PER_EPOCH
+    assert [row["trainer/global_step"] for row in history] == list(range(1, steps, 2))
+    promised = {"aux/main", "aux/total", "aux/dropout_schedule/p"}
+    promised |= {f"aux/{name}{end}" for name in TERMS for end in ("", "/weight")}
+    for row in history:
+        assert {key for key in row if key.startswith("aux/")} == promised
+        terms = sum(row[f"aux/{name}"] * row[f"aux/{name}/weight"] for name in TERMS)
+        assert row["aux/main"] + terms == pytest.approx(row["aux/total"], abs=1e-5)
+        share = row["trainer/global_step"] / steps
+        assert row["aux/self_distillation/weight"] == pytest.approx(0.1 + 0.9 * share)
+        assert row["aux/hints/weight"] == 0.25
+    assert any(abs(row["aux/total"] - row["aux/main"]) > 0.01 for row in history)
+
+
+@pytest.mark.parametrize("one_run_object", [False, True], ids=["new_run_object", "same_run_object"])
+def test_f69_resuming_drops_no_step_and_changes_no_config(one_run_object, fit, tmp_path):
+    checkpoint = tmp_path / "half.ckpt"
+    whole = WandbLogger(offline=True, save_dir=tmp_path / "whole")
+    fit(whole, attached())
+    (expected,) = finished(tmp_path / "whole")
+
+    def logger(part: str) -> WandbLogger:
+        return WandbLogger(offline=True, save_dir=tmp_path / part, id="one", resume="allow")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(logger("first"), [*attached(), Interrupted(STEPS_PER_EPOCH + 2, checkpoint)])
+    if not one_run_object:
+        wandb.finish()
+    fit(logger("second"), attached(), ckpt_path=checkpoint)
+
+    parts = finished(tmp_path / "first") + finished(tmp_path / "second")
+    assert len(parts) == (1 if one_run_object else 2)
+    assert {part.id for part in parts} == {"one"}
+    history = [row for part in parts for row in part.aux_rows()]
+    steps = EPOCHS * STEPS_PER_EPOCH
+    assert [row["trainer/global_step"] for row in history] == list(range(steps))
+    assert history == expected.aux_rows()
+    for part in parts:
+        own_steps = [row["_step"] for row in part.history]
+        assert own_steps == sorted(set(own_steps))
+        assert part.config["callbacks"] == expected.config["callbacks"]
+
+
+def test_f68_resuming_with_another_argument_updates_its_one_entry(fit, tmp_path):
+    checkpoint = tmp_path / "half.ckpt"
+    logger = WandbLogger(offline=True, save_dir=tmp_path, id="one", resume="allow")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(logger, [*attached(weight=0.5), Interrupted(STEPS_PER_EPOCH, checkpoint)])
+    fit(logger, attached(weight=0.75), ckpt_path=checkpoint)
+    (run,) = finished(tmp_path)
+    assert run.config["callbacks"]["self_distillation"]["weight"] == 0.75
+    assert len(run.config["callbacks"]) == len(attached()) + 1  # the anchor's own teacher
+    weights = [row["aux/self_distillation/weight"] for row in run.aux_rows()]
+    resumed = (EPOCHS - 1) * STEPS_PER_EPOCH
+    assert weights == [0.5] * STEPS_PER_EPOCH + [0.75] * resumed
