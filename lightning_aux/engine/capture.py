@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map_only
 
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "versions"]
 
 
 class Capture:
@@ -43,7 +43,7 @@ class Capture:
     def drop(self, paths: Iterable[str]) -> None:
         """Remove the hooks at ``paths``."""
         for path in paths:
-            self._hooks.pop(path).handle.remove()
+            self._hooks.pop(path).remove()
 
     def paths(self, path: str, asked_by: str) -> list[str]:
         """The hooked module paths that ``path`` stands for.
@@ -85,37 +85,70 @@ class Capture:
 
 
 class _Hook:
-    """One forward hook.
+    """The two forward hooks of one module.
 
-    A later in-place operation (``nn.ReLU(inplace=True)``) would change what was captured. Which
-    taps that happens to is a property of the model, so the first capture is copied and compared:
-    where the original has been written to by the time of the next capture, copies go on.
+    An in-place operation, in the module (its input) or after it (its output), would change what was
+    captured. Where that happens is a property of the model, so the first capture is copied and
+    compared with the original afterwards: where that has been written to, copies go on.
     """
 
     def __init__(self, capture: Capture, path: str, module: nn.Module) -> None:
         self._capture = capture
         self._path = path
-        self._copies = True
+        self._copies_input = self._copies_output = True
+        self._given: tuple[Any, ...] = ()
+        self._before: list[int] = []
         self._first: Tensor | None = None
         self._version = -1
-        self.handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
+        self._handles = (
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, with_kwargs=True),
+        )
 
-    def __call__(
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        if self._capture.record is None or torch.compiler.is_compiling():
+            return
+        self._before = versions(arguments)
+        self._given = arguments
+        if self._copies_input:
+            self._given = tree_map_only(Tensor, Tensor.clone, arguments)
+
+    def _leave(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
     ) -> None:
         record = self._capture.record
         if record is None:
             return
-        kept = returned
         if torch.compiler.is_compiling():
             # A compiled graph rewrites in-place operations, and has no version counters to read.
             kept = returned.clone() if isinstance(returned, Tensor) else returned
-        elif self._copies and isinstance(returned, Tensor) and not torch.is_inference(returned):
-            if self._first is not None:
-                self._copies = self._first._version != self._version
-                self._first = None
-            if self._version < 0:
-                self._first, self._version = returned, returned._version
-            if self._copies:
-                kept = returned.clone()
-        record.add(self._path, Call(arguments, keywords, kept))
+            record.add(self._path, Call(arguments, keywords, kept))
+            return
+        given, self._given = self._given, ()
+        self._copies_input = versions(arguments) != self._before
+        record.add(self._path, Call(given, keywords, self._unchanging(returned)))
+
+    def _unchanging(self, returned: Any) -> Any:
+        if not self._copies_output or not isinstance(returned, Tensor) or returned.is_inference():
+            return returned
+        if self._first is not None:
+            self._copies_output = self._first._version != self._version
+            self._first = None
+        if self._version < 0:
+            self._first, self._version = returned, returned._version
+        return returned.clone() if self._copies_output else returned
+
+
+def versions(arguments: tuple[Any, ...]) -> list[int]:
+    """How often each tensor among the arguments has been written to."""
+    if torch.compiler.is_compiling():  # a compiled graph has no version counters
+        return []
+    return [
+        each._version for each in arguments if isinstance(each, Tensor) and not each.is_inference()
+    ]

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Indices:
         self._loader: DataLoader[Any] | None = None
         self._queue: deque[Any] = deque()
         self._taken = 0
-        self._batches: Any = None
+        # Weak, so that the iterator and its workers end when the user's loop lets go of them.
+        self._batches: Callable[[], Any] = lambda: None
         self._ahead: Callable[[], int] = lambda: 0
         self._current: Any = None
         self._number: int | None = None
@@ -64,9 +66,9 @@ class Indices:
             self._current = self._draw_of_this_batch()
 
     def _draw_of_this_batch(self) -> Any:
-        passed_over = 0
-        if self._batches is not None:
-            passed_over = self._batches._num_yielded - self._ahead() - 1 - self._taken
+        passed_over, batches = 0, self._batches()
+        if batches is not None:
+            passed_over = batches._num_yielded - self._ahead() - 1 - self._taken
         for _ in range(min(passed_over, len(self._queue))):
             self._queue.popleft()
         self._taken += max(passed_over, 0) + 1
@@ -132,8 +134,9 @@ class Indices:
         get_iterator: Callable[[], Any] = loader._get_iterator
 
         def _get_iterator() -> Any:
-            self._batches = get_iterator()
-            return self._batches
+            batches = get_iterator()
+            self._batches = ref(batches)
+            return batches
 
         patches.set(loader, "_get_iterator", _get_iterator)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +12,7 @@ from lightning_aux.engine.capture import Capture
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 
-__all__ = ["ModelCall", "versions"]
+__all__ = ["ModelCall"]
 
 
 class ModelCall:
@@ -105,15 +104,6 @@ class ModelCall:
             )
         model = self._module.get_submodule(self._path) if self._path else self._module.forward
         return lambda: model(*call.arguments, **call.keywords)
-
-
-def versions(arguments: tuple[Any, ...]) -> list[int]:
-    """How often each tensor among the arguments has been written to."""
-    if torch.compiler.is_compiling():  # a compiled graph has no version counters
-        return []
-    return [
-        each._version for each in arguments if isinstance(each, Tensor) and not each.is_inference()
-    ]
 
 
 def _depends_on_graph(call: Call) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_aux.engine.attached import Attached
+from lightning_aux.engine.capture import versions
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.logging import log_step, logs_now
-from lightning_aux.engine.model_call import versions
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.replay import unobserved
 from lightning_aux.engine.step import Call, Record, Step, StepState

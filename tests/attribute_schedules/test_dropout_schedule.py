@@ -348,5 +348,5 @@ def test_epochs_of_a_stream_are_refused_before_the_first_step(plain_trainer):
             raise AssertionError("trained")
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
-    with pytest.raises(aux.AuxiliaryError, match="dropout_schedule: .*optimizer steps"):
+    with pytest.raises(aux.AuxiliaryError, match=r"dropout_schedule: .*optimizer steps"):
         plain_trainer(callbacks=[aux.DropoutSchedule(0.1, until="1ep")]).fit(Never(), loader)

@@ -22,6 +22,10 @@ from tests.contract.models import Classifier, EpochShuffle, Samples
 from tests.contract.training import TERMS, fit, identical, largest_difference, weights
 from tests.contract.two_processes import BATCH, EPOCHS, SAMPLES, SEED
 
+# One worker of pytest-xdist runs all of this file where groups are kept together (--dist
+# loadgroup); otherwise each of them starts its own two processes.
+pytestmark = pytest.mark.xdist_group("two_processes")
+
 ROOT = Path(__file__).parents[2]
 JOBS = two_processes.jobs()
 

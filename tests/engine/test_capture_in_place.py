@@ -110,6 +110,15 @@ def test_training_is_that_of_the_model_that_writes_nothing_in_place(after, plain
     assert equal(results[0], results[2])
 
 
+def test_the_input_of_a_module_that_writes_in_place_is_what_it_was_given(plain_trainer):
+    model = Network("relu", inplace=True)
+    truth: list[Tensor] = []
+    model.encoder[1].register_forward_hook(lambda *seen: truth.append(seen[2].detach().clone()))
+    probe = Blind(lambda step: step.input("encoder.2").detach().clone(), reads=("encoder.2",))
+    plain_trainer(callbacks=[probe]).fit(model, rows())
+    assert all(torch.equal(seen, given) for seen, given in zip(probe.seen, truth, strict=True))
+
+
 class Greedy(Classifier):
     """Normalises its input in place before anything else."""
 

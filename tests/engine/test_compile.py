@@ -102,7 +102,9 @@ def only_forward(model: Classifier, **how: Any) -> Any:
     return model
 
 
-WAYS = {each.__name__: each for each in (whole, by_method, submodule, submodule_by_method, only_forward)}
+WAYS = {
+    each.__name__: each for each in (whole, by_method, submodule, submodule_by_method, only_forward)
+}
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:

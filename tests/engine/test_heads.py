@@ -94,6 +94,27 @@ def groups_with_schedulers(module: Classifier, owned: list[nn.Parameter]) -> dic
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Eager(torch.optim.Optimizer):
+    """Gradient descent that scales by the steps taken and makes its state when it is built."""
+
+    def __init__(self, params: Any, lr: float = 0.05, power: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "power": power})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"step": torch.tensor(0.0)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    count = self.state[parameter]["step"].add_(1)
+                    parameter.sub_(group["lr"] / count ** group["power"] * parameter.grad)
+        return loss
+
+
 CONFIGURATIONS: dict[str, Callable[[Classifier, list[nn.Parameter]], Any]] = {
     "single": lambda module, owned: sgd([*body(module), *owned]),
     "list": lambda module, owned: [sgd([*body(module), *owned])],
@@ -106,6 +127,7 @@ CONFIGURATIONS: dict[str, Callable[[Classifier, list[nn.Parameter]], Any]] = {
     "Adagrad": lambda module, owned: torch.optim.Adagrad(
         [*body(module), *owned], lr=0.05, initial_accumulator_value=0.1
     ),
+    "state made when it is built": lambda module, owned: Eager([*body(module), *owned]),
     "AdamW, amsgrad": lambda module, owned: torch.optim.AdamW(
         [*body(module), *owned], lr=0.02, amsgrad=True
     ),
@@ -233,6 +255,7 @@ def test_the_head_is_part_of_nothing_that_the_user_sees(plain_trainer):
 
 
 def test_no_parameter_is_in_two_groups_and_no_group_is_added(plain_trainer):
+    """Groups that come during training break resuming (F36)."""
     objective = reconstruction()
     trainer = plain_trainer(callbacks=[objective])
     model = Attached("parameter groups")
@@ -276,8 +299,41 @@ def test_a_module_without_an_optimizer_is_told_that_a_head_needs_one(plain_train
         plain_trainer(callbacks=[reconstruction()]).fit(Without(), rows())
 
 
+@pytest.mark.parametrize("weight", [0.5, "late(0.5, start=50%)"])
+def test_two_processes_train_one_head(weight, plain_trainer, tmp_path):
+    """Other data on each process, the same weights: those of one process with all of it (F38).
+
+    Where the objective is silent, its head still gives the reducer the gradient it waits for (F39).
+    """
+
+    class Reporting(Attached):
+        def train_dataloader(self) -> Any:
+            each = self.trainer.world_size
+            return rows(24, 4 // each, sampler=range(self.global_rank, 24, each))
+
+        def on_train_end(self) -> None:
+            both = {"model": weights(self), "head": weights(objective.head)}
+            torch.save(both, tmp_path / f"{self.trainer.world_size}-{self.global_rank}.pt")
+
+    for processes in (1, 2):
+        torch.manual_seed(1)
+        objective = reconstruction()
+        objective.weight = aux.Schedule.parse(weight)
+        how = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {}
+        trainer = plain_trainer(
+            max_epochs=2, callbacks=[objective], use_distributed_sampler=False, **how
+        )
+        trainer.fit(Reporting("dict with scheduler"))
+    one, first, second = (torch.load(tmp_path / f"{each}.pt") for each in ("1-0", "2-0", "2-1"))
+    for part in ("model", "head"):
+        assert equal(first[part], second[part])
+        assert largest_difference(first[part], one[part]) < 1e-5
+    assert not equal(first["head"], weights(new_head()))
+
+
 # ----------------------------------------------------------------------------------- checkpoints
 RESUMED = ["single", "parameter groups", "Adagrad", "one cycle", "AdamW, amsgrad"]
+RESUMED += ["state made when it is built"]
 
 
 def two_epochs(plain_trainer: Any, configuration: str, folder: Path, **fit: Any) -> Any:

@@ -1,7 +1,8 @@
-"""``step.index``: the true dataset indices, whatever draws, batches, prefetches and cuts the data."""
+"""``step.index``: the true dataset indices, whatever draws, batches and prefetches the data."""
 
 from __future__ import annotations
 
+from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -131,6 +132,26 @@ def test_batches_that_the_user_skips_are_skipped_in_the_indices_too(plain_traine
     plain_trainer(callbacks=[probe]).fit(Picky(), rows(24, 4, shuffle=True))
     assert len(probe.seen) == 3
     assert all(claimed == true for claimed, true in probe.seen)
+
+
+@pytest.mark.parametrize("remade", [0, 1])
+def test_the_workers_end_with_the_fit(remade, plain_trainer):
+    class Loading(Classifier):
+        def train_dataloader(self) -> Any:
+            return rows(24, 4, num_workers=2, prefetch_factor=4)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            running.add(len(active_children()))
+
+    running: set[int] = set()
+    before = len(active_children())
+    probe = Probe(claimed_and_true)
+    trainer = plain_trainer(
+        max_epochs=3, reload_dataloaders_every_n_epochs=remade, callbacks=[probe]
+    )
+    trainer.fit(Loading())
+    assert running == {before + 2}
+    assert len(active_children()) == before
 
 
 def test_the_sampler_is_the_users_again_after_the_fit(plain_trainer):

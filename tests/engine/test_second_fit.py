@@ -13,7 +13,7 @@ def teacher_state(teacher: aux.EMATeacher) -> dict[str, torch.Tensor]:
 
 
 def test_a_second_fit_of_the_same_trainer_and_module_goes_on(plain_trainer):
-    """Two epochs and two more are four; the optimizer starts anew in Lightning, so none has state."""
+    """Two epochs and two more are four. Lightning makes a new optimizer: this one has no state."""
 
     class Plain(Classifier):
         def configure_optimizers(self):

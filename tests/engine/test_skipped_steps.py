@@ -1,4 +1,4 @@
-"""Steps that are not one forward, one backward, one update: ``None``, and LBFGS with its closures."""
+"""Steps that are not one forward, one backward, one update: ``None``, and LBFGS."""
 
 from __future__ import annotations
 

@@ -273,6 +273,31 @@ def test_the_objectives_own_taps_come_before_those_of_the_trainer(plain_trainer)
     assert overrides.seen == [(8, 8, 8)]
 
 
+def test_a_module_that_runs_several_times_gives_its_first_output_and_input(plain_trainer):
+    class Twice(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self(x), y) + self(x.flip(0) * 2).square().mean()
+
+    truth: list[Tensor] = []
+    model = Twice()
+    model.encoder.register_forward_hook(lambda *seen: truth.append(seen[2].detach().clone()))
+    probe = Blind(
+        lambda step: (
+            step.features("encoder").detach().clone(),
+            torch.equal(step.input(), step.batch[0]),
+            torch.equal(step.logits, model.classifier(step.features("encoder"))),
+        ),
+        reads=("encoder",),
+    )
+    plain_trainer(callbacks=[probe]).fit(model, rows())
+    assert len(truth) == 12
+    assert all(
+        torch.equal(seen, first) for (seen, *_), first in zip(probe.seen, truth[::2], strict=True)
+    )
+    assert all(given and logits for _, given, logits in probe.seen)
+
+
 def test_a_tapped_module_that_the_step_does_not_call_is_named(plain_trainer):
     class Lazybones(Classifier):
         def __init__(self) -> None:

@@ -77,6 +77,27 @@ def test_weights_and_memory_are_those_of_the_computation_by_hand(
         torch.testing.assert_close(attached.state_dict()[name], value, atol=1e-5, rtol=1e-5)
 
 
+def test_a_sample_that_comes_twice_in_an_accumulation_window_meets_one_memory(plain_trainer):
+    """Both visits start from the memory at the window's beginning; the later one is kept."""
+    order = [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 2, 3, 3, 2, 1, 0]
+    results = []
+    elr = aux.EarlyLearningRegularization(weight=1.5, momentum=0.7)
+    for weight, callbacks in ((1.5, []), (0.0, [elr])):
+        torch.manual_seed(2)
+        model = ByHand(weight, 0.7, size=6)
+        loader = DataLoader(Rows(6), batch_size=2, sampler=order)
+        plain_trainer(max_epochs=2, accumulate_grad_batches=4, callbacks=callbacks).fit(
+            model, loader
+        )
+        results.append(model)
+    assert torch.allclose(elr.targets.rows, torch.tensor(results[0].memory), atol=1e-5)
+    # Two windows an epoch and both hold samples 0 to 3: four updates in all.
+    assert torch.allclose(elr.targets.rows[:4].sum(1), torch.full((4,), 1 - 0.7**4), atol=1e-5)
+    assert (elr.targets.rows[4:] == 0).all()
+    for name, value in weights(results[0]).items():
+        torch.testing.assert_close(results[1].state_dict()[name], value, atol=1e-5, rtol=1e-5)
+
+
 def test_after_n_visits_the_rows_sum_to_one_minus_momentum_to_the_n(plain_trainer):
     """Each p sums to 1, so Σ_c t_c = 1 − βⁿ: every sample was met once an epoch, none twice."""
     elr = aux.EarlyLearningRegularization(momentum=0.6)

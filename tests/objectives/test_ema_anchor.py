@@ -163,7 +163,7 @@ def test_a_teacher_that_is_not_attached_is_named_before_training(plain_trainer):
             raise AssertionError("trained")
 
     callbacks = [aux.EMAAnchor(teacher="meen"), aux.EMATeacher(name="mean")]
-    with pytest.raises(aux.AuxiliaryError, match="no teacher is called 'meen'.*'mean'"):
+    with pytest.raises(aux.AuxiliaryError, match=r"no teacher is called 'meen'.*'mean'"):
         plain_trainer(callbacks=callbacks).fit(Never(), rows())
 
 

@@ -32,9 +32,7 @@ class Dropped(aux.DropoutScheduleMixin, Plain):
     dropout_schedule = {"p": 0.4, "until": "50%"}
 
 
-class Everything(
-    aux.EMAAnchorMixin, aux.SelfDistillationMixin, aux.DropoutScheduleMixin, Plain
-):
+class Everything(aux.EMAAnchorMixin, aux.SelfDistillationMixin, aux.DropoutScheduleMixin, Plain):
     ema_anchor = Anchored.ema_anchor
     self_distillation = Distilled.self_distillation
     ema_teacher = Distilled.ema_teacher
@@ -100,7 +98,10 @@ def test_the_modules_own_callbacks_stay(plain_trainer):
 
     counting = Counting()
     model = Mixed()
-    assert [type(each).__name__ for each in model.configure_callbacks()] == ["Counting", "EMAAnchor"]
+    assert [type(each).__name__ for each in model.configure_callbacks()] == [
+        "Counting",
+        "EMAAnchor",
+    ]
     plain_trainer(callbacks=[]).fit(model, rows())
     assert counting.batches == 6
 

@@ -120,7 +120,9 @@ def test_a_batch_of_which_the_teacher_gets_nothing_right_contributes_zero(plain_
 def test_only_correct_reads_the_target_where_the_taps_say(plain_trainer):
     def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
         right = (teacher.logits.argmax(1) == step.batch[1].flip(0)).float()
-        return (right * REFERENCES["kl"](step.logits.softmax(-1), teacher.logits.softmax(-1))).mean()
+        return (
+            right * REFERENCES["kl"](step.logits.softmax(-1), teacher.logits.softmax(-1))
+        ).mean()
 
     taps = aux.Taps(target=lambda p: p.batch[1].flip(0))
     fitted(plain_trainer, Checked(reference, only_correct=True, taps=taps))
@@ -144,7 +146,10 @@ def test_on_a_path_it_is_the_distance_of_the_outputs_of_that_module(divergence, 
 def test_a_glob_gives_the_mean_over_its_modules(plain_trainer):
     def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
         pairs = [(step.features("encoder.*")[f"encoder.{i}"], i) for i in range(3)]
-        return sum(F.mse_loss(own, teacher.features("encoder.*")[f"encoder.{i}"]) for own, i in pairs) / 3
+        return (
+            sum(F.mse_loss(own, teacher.features("encoder.*")[f"encoder.{i}"]) for own, i in pairs)
+            / 3
+        )
 
     fitted(plain_trainer, Checked(reference, on="encoder.*", divergence="mse"))
 
@@ -241,7 +246,7 @@ class Recurrent(Classifier):
 
 def test_features_that_are_a_tuple_are_a_named_error_with_the_way_to_pick_one(plain_trainer):
     callbacks = [aux.EMATeacher(), aux.SelfDistillation(on="encoder", divergence="mse")]
-    with pytest.raises(aux.AuxiliaryError, match="output of 'encoder' is a tuple of 2.*Taps"):
+    with pytest.raises(aux.AuxiliaryError, match=r"output of 'encoder' is a tuple of 2.*Taps"):
         plain_trainer(callbacks=callbacks).fit(Recurrent(), rows())
 
 

@@ -59,8 +59,7 @@ def test_the_average_is_the_closed_form_after_200_steps_of_a_random_walk(decay, 
     # φ_n = d^n θ_0 + (1 − d) Σ_k d^(n−k) θ_k
     expected = {
         name: decay**200 * first.double()
-        + (1 - decay)
-        * sum(decay ** (200 - k) * history[k][name].double() for k in range(1, 201))
+        + (1 - decay) * sum(decay ** (200 - k) * history[k][name].double() for k in range(1, 201))
         for name, first in history[0].items()
     }
     assert largest_difference(teacher.store.state_dict(), expected) < 1e-5
@@ -94,7 +93,7 @@ def test_it_moves_after_every_so_many_steps_and_never_at_the_end_of_an_epoch(
     plain_trainer(max_epochs=5, limit_train_batches=8, callbacks=[teacher]).fit(model, rows(32, 4))
     assert len(model.history) == 41
     assert teacher.updates == updates
-    expected = recursion(model.history[:: every], [0.7] * updates)
+    expected = recursion(model.history[::every], [0.7] * updates)
     assert largest_difference(teacher.store.state_dict(), expected) < 1e-5
 
 
@@ -139,7 +138,9 @@ def test_it_is_constant_within_an_accumulation_window(plain_trainer):
     probe = Blind(lambda step: step.teacher("ema").features("classifier"), reads=("classifier",))
     teacher = aux.EMATeacher(decay=0.5)
     seen: list[Tensor] = []
-    watching = Blind(lambda step: seen.append(teacher.store.state_dict()["classifier.bias"].clone()))
+    watching = Blind(
+        lambda step: seen.append(teacher.store.state_dict()["classifier.bias"].clone())
+    )
     watching.name = "watching"
     plain_trainer(
         max_epochs=2, accumulate_grad_batches=3, callbacks=[teacher, probe, watching]
@@ -213,7 +214,9 @@ def test_in_half_precision_the_average_moves_in_float32(plain_trainer):
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=2**-7)  # exact steps in bfloat16
-            optimizer.register_step_post_hook(lambda *_: history.append(float(self.encoder[0].bias[0])))
+            optimizer.register_step_post_hook(
+                lambda *_: history.append(float(self.encoder[0].bias[0]))
+            )
             return optimizer
 
     history: list[float] = []

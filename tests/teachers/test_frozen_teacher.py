@@ -128,6 +128,9 @@ class Never(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         raise AssertionError("trained")
 
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("validated")
+
 
 @pytest.mark.parametrize(
     ("saved", "message"),
@@ -142,11 +145,11 @@ class Never(Classifier):
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_before_training(
+def test_a_file_that_does_not_fit_is_refused_before_anything_runs(
     saved, message, plain_trainer, tmp_path
 ):
     path = tmp_path / "file.ckpt"
     if saved is not None:
         torch.save(saved(), path)
     with pytest.raises(aux.AuxiliaryError, match=message):
-        plain_trainer(callbacks=[aux.FrozenTeacher(checkpoint=path)]).fit(Never(), rows())
+        plain_trainer(callbacks=[aux.FrozenTeacher(checkpoint=path)]).fit(Never(), rows(), rows())

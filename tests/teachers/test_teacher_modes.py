@@ -48,9 +48,9 @@ def test_every_module_of_the_teacher_evaluates_while_the_student_trains(
     """Also after a validation, and when the user calls ``self.train()`` (F29)."""
     model = Normed(calls_train)
     probe = Blind(lambda step: step.teacher(name).logits)
-    plain_trainer(
-        max_epochs=2, val_check_interval=3, callbacks=[TEACHERS[name](), probe]
-    ).fit(model, rows(), rows())
+    plain_trainer(max_epochs=2, val_check_interval=3, callbacks=[TEACHERS[name](), probe]).fit(
+        model, rows(), rows()
+    )
     assert model.modes == [{True}, {False}] * 12
 
 

@@ -73,8 +73,6 @@ class Around(Classifier):
         return self.classifier(self.encoder(x * x.new_tensor([1.0, 1.0, 1.0, 0.01])).flatten(1))
 
 
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_pass_with_a_teachers_weights_is_that_of_a_module_that_has_them(kind, plain_trainer):

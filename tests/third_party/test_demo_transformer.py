@@ -1,4 +1,4 @@
-"""Lightning's own demo Transformer, unmodified: it takes two inputs and returns log-probabilities."""
+"""Lightning's own demo Transformer, unmodified: two inputs, and log-probabilities come out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_it_is_pulled_towards_its_own_average(plain_trainer):
         anchor = aux.EMAAnchor("weight", weight=weight, decay=0.9)
         trained(plain_trainer, [anchor])
         live, average = anchor.own_teacher.pairs()
-        return sum(F.mse_loss(a, b, reduction="sum").item() for a, b in zip(live, average, strict=True))
+        return sum(
+            F.mse_loss(a, b, reduction="sum").item() for a, b in zip(live, average, strict=True)
+        )
 
     assert distance(1.0) < 0.8 * distance(0.0)
 

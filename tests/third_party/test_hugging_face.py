@@ -57,7 +57,9 @@ def test_all_objectives_together_find_their_way_without_a_tap(plain_trainer):
     def look(step: aux.Step) -> None:
         own = [truth[i] for i in step.index.tolist()]
         assert torch.equal(step.target, torch.stack([each["labels"] for each in own]))
-        assert torch.equal(step.batch["input_ids"], torch.stack([each["input_ids"] for each in own]))
+        assert torch.equal(
+            step.batch["input_ids"], torch.stack([each["input_ids"] for each in own])
+        )
         assert step.logits.shape == (4, 3)
         assert torch.equal(step.logits, step.returned.logits)
         hidden = step.features("net.bert.encoder.layer.?")
@@ -101,7 +103,9 @@ def test_the_teachers_logits_are_those_of_a_copy_with_its_weights(plain_trainer)
 
 def test_the_binding_is_said_in_the_log(plain_trainer, caplog):
     with caplog.at_level("INFO"):
-        trained(plain_trainer, [aux.EMATeacher(), aux.SelfDistillation(only_correct=True)], epochs=1)
+        trained(
+            plain_trainer, [aux.EMATeacher(), aux.SelfDistillation(only_correct=True)], epochs=1
+        )
     said = {each.message for each in caplog.records}
     assert "lightning_aux: logits = Bert.net(...)['logits']" in said
     assert "lightning_aux: target = batch['labels']" in said
