@@ -31,7 +31,7 @@ demo: $(STAMP) ## Compare the objectives on MNIST-1D with 40 % label noise
 
 .PHONY: test
 test: $(STAMP) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, formatting and types

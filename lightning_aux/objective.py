@@ -60,7 +60,7 @@ class Objective(Attached):
         name: str | None = None,
         *,
         taps: Taps | None = None,
-        reads: Iterable[str] = (),
+        reads: str | Iterable[str] = (),
         nonfinite: Literal["raise", "skip"] = "raise",
         backward: int = 0,
     ) -> None:
@@ -80,7 +80,7 @@ class Objective(Attached):
             )
         self.weight = Schedule.parse(weight)
         self.locations = taps.locations if taps is not None else Locations()
-        self.reads = tuple(reads)
+        self.reads = (reads,) if isinstance(reads, str) else tuple(reads)
         self.nonfinite = nonfinite
         self.backward = backward
         self._weight_at: Callable[[int], float] | None = None

@@ -7,7 +7,7 @@ it, the contract suite trains it, and the command line finds it under its short 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutScheduleMixin
 from lightning_aux.engine import Attached
@@ -46,7 +46,7 @@ class Entry:
 
     make: Callable[[float | str], list[Attached]]
     objective: str | None = None
-    inert: bool = field(default=True)
+    inert: bool = True
 
 
 ENTRIES: dict[str, Entry] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -115,11 +116,19 @@ class DropoutScheduleMixin(AuxiliaryMixin):
 
     Attributes:
         dropout_schedule: arguments of the `DropoutSchedule`; ``p`` has no default.
+
+    Raises:
+        AuxiliaryError: before training, when the attribute or its ``p`` is missing.
     """
 
-    dropout_schedule: Mapping[str, Any]
+    dropout_schedule: Mapping[str, Any] = MappingProxyType({})
 
     def auxiliary_callbacks(self) -> list[Attached]:
+        if "p" not in self.dropout_schedule:
+            raise AuxiliaryError(
+                f"{type(self).__name__}: DropoutScheduleMixin needs a rate. Write in the class, "
+                f"for example, dropout_schedule = {{'p': 0.1, 'mode': 'early', 'until': '50%'}}"
+            )
         own = DropoutSchedule(**self.dropout_schedule)
         return [*super().auxiliary_callbacks(), own]
 

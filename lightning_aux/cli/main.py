@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_aux import AuxiliaryError
+
 COMMANDS = {
     "fit": "train a LightningModule from a YAML config (LightningCLI)",
     "validate": "evaluate a checkpoint on the validation data",
@@ -27,7 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
         130 after Ctrl-C.
 
     Raises:
-        SystemExit: With status 2 when the arguments or a config are wrong.
+        SystemExit: With status 2 when the arguments or a config are wrong, or do not fit the model
+            or its data.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
@@ -57,6 +60,11 @@ def main(args: Sequence[str] | None = None) -> int:
         _exit_with_error(hint)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        _exit_with_error(str(refusal))
     return 0
 
 
@@ -82,6 +90,13 @@ def _unknown(command: str) -> str:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     guess = f" Did you mean '{near[0]}'?" if near else ""
     return f"unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
+
+
+def _refusal(error: BaseException | None) -> AuxiliaryError | None:
+    """What of ours is behind an exception; its message is written for the user and is enough."""
+    while error is not None and not isinstance(error, AuxiliaryError):
+        error = error.__cause__
+    return error
 
 
 def _missing_package_hint(package: str) -> str | None:

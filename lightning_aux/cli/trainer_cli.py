@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import lightning_aux
-from lightning_aux import AuxiliaryError
+from lightning_aux import AuxiliaryError, Objective
 from lightning_aux.cli.yaml_keys import PARSER_MODE
 from lightning_aux.schedule import ScheduleError
 
@@ -33,7 +33,6 @@ class AuxCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType, run: bool = True, exit_on_error: bool = True) -> None:
-        _import_public_classes()
         super().__init__(
             args=args,
             run=run,
@@ -56,7 +55,7 @@ class AuxCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, then let `--wandb` have its say about the loggers."""
+        """Parse, check what types do not tell, and let `--wandb` have its say about the loggers."""
         # LightningCLI's own version warns whenever arguments are passed, as `main` always does
         if isinstance(args, dict | Namespace):
             self.config = parser.parse_object(args)
@@ -64,6 +63,7 @@ class AuxCLI(LightningCLI):
             self.config = parser.parse_args(args)
         subcommand = self.config.get("subcommand")
         chosen = self.config[subcommand] if subcommand else self.config
+        _refuse_objectives_without_a_term(parser, chosen.trainer.callbacks)
         if chosen.wandb is not None:
             loggers = loggers_for(chosen.wandb, chosen.trainer.logger)
             override: dict[str, Any] = {"trainer": {"logger": loggers}}
@@ -121,11 +121,15 @@ def loggers_for(mode: WandbMode, loggers: Any) -> Any:
     return others + ours
 
 
+def _refuse_objectives_without_a_term(parser: LightningArgumentParser, callbacks: Any) -> None:
+    entries = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    for entry in entries:
+        if getattr(resolve_name(entry.class_path), "loss", None) is Objective.loss:
+            parser.error(
+                f"trainer.callbacks: {entry.class_path} has no term: a class of yours that defines "
+                f"loss(self, step) has one, and so have EMAAnchor, SelfDistillation and the others."
+            )
+
+
 def _is_wandb(logger: dict[str, Any]) -> bool:
     return str(logger.get("class_path")).rpartition(".")[2] == "WandbLogger"
-
-
-def _import_public_classes() -> None:
-    """Import our classes: jsonargparse finds those that are imported by their short names."""
-    for name in lightning_aux.__all__:
-        getattr(lightning_aux, name)

@@ -30,6 +30,7 @@ class Attached(Callback):
     """
 
     _arguments: dict[str, Any]
+    _engine: Engine | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Attached:
         self: Attached = super().__new__(cls)
@@ -48,8 +49,12 @@ class Attached(Callback):
                 f"{type(self).__name__}: the name {name!r} cannot be used in log keys. Give a "
                 f"name that is not empty and has no slash."
             )
+        if name in ("main", "total"):
+            raise AuxiliaryError(
+                f"{type(self).__name__}: aux/{name} is where the losses are logged. Give another "
+                f"name."
+            )
         self.name = name
-        self._engine: Engine | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -66,6 +71,11 @@ class Attached(Callback):
     # ------------------------------------------------------------------------ Lightning's hooks
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            if "name" not in self.__dict__:
+                raise AuxiliaryError(
+                    f"{type(self).__name__}.__init__ does not call super().__init__(...), which "
+                    f"gives it its name and weight. Call it first."
+                )
             from lightning_aux.engine.engine import Engine
 
             before, self._engine = self._engine, Engine.of(trainer, pl_module)

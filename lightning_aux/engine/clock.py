@@ -14,11 +14,13 @@ def horizon_of(trainer: Any, automatic: bool) -> Horizon:
     """The steps of each epoch and of the whole training.
 
     Like ``Trainer.estimated_stepping_batches``, and also with a ``GradientAccumulationScheduler``,
-    where that property refuses. In manual optimisation one step per batch is assumed, as
-    Lightning does. Unbounded training has no total; iterable data has no steps per epoch.
+    where that property refuses. In manual optimisation one step of the first optimizer per
+    batch is assumed. Unbounded training has no total; iterable data has no steps per epoch.
     """
     batches = trainer.num_training_batches
     limit = trainer.max_steps if trainer.max_steps not in (None, -1) else None
+    if limit is not None:  # Lightning counts the steps of all optimizers
+        limit //= max(1, len(trainer.optimizers))
     epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
     if not math.isfinite(batches):
         return Horizon(total=limit, epoch_steps=None)

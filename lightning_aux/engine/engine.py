@@ -7,6 +7,7 @@ training step runs is in ``running``; members know tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -112,10 +113,15 @@ class Engine:
         if known is member:
             return
         if known is not None:
+            able = "name" in signature(type(member)).parameters
             raise AuxiliaryError(
                 f"two callbacks are called {member.name!r}: a {type(known).__name__} and a "
-                f"{type(member).__name__}. Give one of them another name: "
-                f"{type(member).__name__}(..., name='...')."
+                f"{type(member).__name__}. "
+                + (
+                    f"Give one of them another name: {type(member).__name__}(..., name='...')."
+                    if able
+                    else "Only one can be attached; say everything in that one."
+                )
             )
         self.members[member.name] = member
         # Sorted, so that sums of terms and updates do not depend on the order of callbacks.
@@ -158,13 +164,15 @@ class Engine:
         self.indices.install(self.trainer, self._patches)
         configure_model: Callable[[], None] = self.module.configure_model
 
-        # Not functools.wraps: Lightning skips configure_model where it looks like its own, and
+        # Not transparent: Lightning skips configure_model where it looks like its own, and
         # this is the one moment after every setup() and before the strategy wraps the module.
         def configure_model_then_heads() -> None:
             configure_model()
             self._build_heads()
 
-        self._patches.set(self.module, "configure_model", configure_model_then_heads)
+        self._patches.wrap(
+            self.module, "configure_model", configure_model_then_heads, transparent=False
+        )
 
     def _build_heads(self) -> None:
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -176,13 +184,18 @@ class Engine:
                 self.members[name].head = head  # type: ignore[attr-defined]
         if not self.heads:
             return
-        if "FSDP" in type(self.trainer.strategy).__name__ or hasattr(
-            self.trainer.strategy, "device_mesh"
-        ):
+        strategy = self.trainer.strategy
+        if "FSDP" in type(strategy).__name__ or hasattr(strategy, "device_mesh"):
             raise AuxiliaryError(
-                f"heads ({', '.join(self.members)}) are not sharded yet: use a strategy that keeps "
-                f"whole parameters (single device, ddp)."
+                f"the heads of {', '.join(self.heads.names)} are not sharded yet: use a strategy "
+                f"that keeps whole parameters (single device, ddp)."
             )
+        for callback in self.trainer.callbacks:
+            if any(base.__name__ == "BaseFinetuning" for base in type(callback).__mro__):
+                raise AuxiliaryError(
+                    f"{type(callback).__name__} keeps a list of the module's own parameters and "
+                    f"cannot work with the heads of {', '.join(self.heads.names)}. Leave one out."
+                )
         self.heads.join_on_configure(self.module, self._patches)
 
     # ------------------------------------------------------------------------- start of training
@@ -192,9 +205,18 @@ class Engine:
             return
         self._checked = True
         self.heads.hide()
+        self._check_signature()
         self.capture.add(self.locations.module_paths(), "Taps")
         for member in self.members.values():
             member.check(self)
+
+    def _check_signature(self) -> None:
+        if self.objectives and "dataloader_iter" in signature(self.module.training_step).parameters:
+            raise AuxiliaryError(
+                f"{type(self.module).__name__}.training_step(dataloader_iter) takes its batches "
+                f"itself, so {self.objectives[0].name} cannot see them. Use training_step(self, "
+                f"batch, batch_idx)."
+            )
 
     def start(self) -> None:
         """Wrap the module and start every member; training is about to begin."""
@@ -202,7 +224,9 @@ class Engine:
             return
         self._started = True
         saved = self._restored or {}
-        self.steps = int(saved.get("steps", self.trainer.global_step))
+        # Lightning counts the steps of all optimizers, the engine those of the first.
+        taken = self.trainer.global_step // max(1, len(self.trainer.optimizers))
+        self.steps = int(saved.get("steps", taken))
         self.horizon = horizon_of(self.trainer, self.module.automatic_optimization)
         self.indices.settle(self.trainer)
         states = saved.get("members", {})

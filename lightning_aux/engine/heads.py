@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from functools import wraps
 from typing import Any
 
 import torch
@@ -36,13 +35,16 @@ class Heads:
             _fill_in_current_values
         )
         self._optimizer: Optimizer | None = None
+        self._joined: list[nn.Parameter] = []
         self._waiting: tuple[list[dict[str, Any]], dict[str, Any] | None] | None = None
 
     def __bool__(self) -> bool:
         return len(self._heads) > 0
 
-    def __getitem__(self, name: str) -> nn.Module:
-        return self._heads[name]
+    @property
+    def names(self) -> list[str]:
+        """The objectives that have a head."""
+        return sorted(self._heads)
 
     def add(self, name: str, head: nn.Module) -> None:
         """Give the module a head for the time until its optimizers are configured."""
@@ -54,29 +56,21 @@ class Heads:
         """Take the heads out of the module."""
         self._module._modules.pop(ATTRIBUTE, None)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of all heads, in the order of their objectives' names."""
-        return [
-            parameter
-            for name in sorted(self._heads)
-            for parameter in self._heads[name].parameters()
-            if parameter.requires_grad
-        ]
-
-    def zero_term(self) -> Tensor:
+    def zero_term(self) -> Tensor | float:
         """A zero that depends on every head parameter.
 
         DDP waits for a gradient of each parameter; a head whose objective is silent in this step
         gives it one of exactly zero.
         """
-        return torch.stack([parameter.flatten()[0] for parameter in self.parameters()]).sum() * 0.0
+        if not self._joined:
+            return 0.0
+        return torch.stack([parameter.flatten()[0] for parameter in self._joined]).sum() * 0.0
 
     # --------------------------------------------------------------------- the user's optimizer
     def join_on_configure(self, module: Any, patches: Patches) -> None:
         """Wrap ``configure_optimizers``: the user sees their own parameters, then heads join."""
         configure: Callable[..., Any] = module.configure_optimizers
 
-        @wraps(configure)
         def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
             self.hide()
             configured = configure(*args, **kwargs)
@@ -84,15 +78,21 @@ class Heads:
             if optimizer is None:
                 raise AuxiliaryError(
                     f"{type(module).__name__}.configure_optimizers returned no optimizer, but "
-                    f"{', '.join(sorted(self._heads))} has a head to train. Return an optimizer."
+                    f"{', '.join(self.names)} has a head to train. Return an optimizer."
                 )
             self._join(optimizer)
             return configured
 
-        patches.set(module, "configure_optimizers", configure_optimizers)
+        patches.wrap(module, "configure_optimizers", configure_optimizers)
 
     def _join(self, optimizer: Optimizer) -> None:
-        parameters = self.parameters()
+        # Noted once: toggle_optimizer switches requires_grad on and off during training.
+        parameters = self._joined = [
+            parameter
+            for name in self.names
+            for parameter in self._heads[name].parameters()
+            if parameter.requires_grad
+        ]
         # Some optimizers (Adagrad) make their state when they are built: a sibling makes it.
         if optimizer.state:
             sibling = type(optimizer)(parameters, **optimizer.defaults)
@@ -170,7 +170,7 @@ class Heads:
             ) from error
 
     def _span(self) -> tuple[int, int]:
-        count = len(self.parameters())
+        count = len(self._joined)
         assert self._optimizer is not None
         return len(self._optimizer.param_groups[0]["params"]) - count, count
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import wraps
 from typing import Any
 from weakref import ref
 
@@ -43,14 +42,13 @@ class Indices:
         """Wrap ``strategy.process_dataloader``: the last stop of a dataloader before its use."""
         process: Callable[[Any], Any] = trainer.strategy.process_dataloader
 
-        @wraps(process)
         def process_dataloader(loader: Any) -> Any:
             loader = process(loader)
             if self.wanted and trainer.training:
                 self._watch(loader, patches)
             return loader
 
-        patches.set(trainer.strategy, "process_dataloader", process_dataloader)
+        patches.wrap(trainer.strategy, "process_dataloader", process_dataloader)
         # Lightning fetches one batch ahead where the loader has no length.
         self._ahead = lambda: len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
@@ -127,6 +125,11 @@ class Indices:
             loader.__dict__.get("sampler"), _Recording
         ):
             return
+        if getattr(loader, "_iterator", None) is not None:
+            self._refusal = (
+                "the training DataLoader has persistent workers that were started before training"
+            )
+            return
         self._loader = loader
         # DataLoader refuses to set these after it is made; the instance dictionary does not.
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -138,7 +141,7 @@ class Indices:
             self._batches = ref(batches)
             return batches
 
-        patches.set(loader, "_get_iterator", _get_iterator)
+        patches.wrap(loader, "_get_iterator", _get_iterator)
 
     def _restart(self) -> deque[Any]:
         self._queue, self._taken, self._number = deque(), 0, None
@@ -149,8 +152,7 @@ class _Recording:
     """A (batch) sampler that notes what it draws and is otherwise the one it wraps."""
 
     def __init__(self, sampler: Any, indices: Indices) -> None:
-        self._sampler = sampler
-        self._indices = indices
+        self.__dict__.update(_sampler=sampler, _indices=indices)
 
     def __iter__(self) -> Iterator[Any]:
         queue = self._indices._restart()
@@ -165,3 +167,6 @@ class _Recording:
         if name == "_sampler":  # while unpickling, before the instance has its attributes
             raise AttributeError(name)
         return getattr(self._sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._sampler, name, value)

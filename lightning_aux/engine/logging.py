@@ -39,7 +39,7 @@ def log_hyperparameters(trainer: Any, module: Any, members: Mapping[str, Attache
     again with ours, because some loggers replace what a second call does not repeat.
     """
     own = {
-        "callbacks": {
+        "aux": {
             name: {"class": type(member).__name__, **member.hyperparameters}
             for name, member in members.items()
         }

@@ -51,7 +51,7 @@ class ModelCall:
             return
         name = type(self._module).__name__
         called = [path for path in self._candidates if path in record.calls]
-        on_data = [path for path in called if not _depends_on_graph(record.calls[path][0])]
+        on_data = [path for path in called if not _depends_on_graph(record.call(path))]
         say = "say how to run it: Taps(logits='...', forward=lambda module, batch: ...)"
         if "" in record.calls:
             self._path, self.where = "", f"{name}.forward(...)"
@@ -81,13 +81,17 @@ class ModelCall:
         self.bind(record)
         if self._path is None:
             raise AuxiliaryError(f"{asked_by}: {self.where}")
-        calls = record.calls.get(self._path)
-        if not calls:
+        call = record.call(self._path)
+        if call is None:
             raise AuxiliaryError(
                 f"{asked_by}: {self.where} was not called in this step, although it was in the "
                 f"first. Name the logits with Taps(logits='...')."
             )
-        return calls[0]
+        return call
+
+    def count(self, record: Record) -> int:
+        """How often the step made this call."""
+        return len(record.calls.get(self._path or "", ()))
 
     def again(self, record: Record, asked_by: str) -> Callable[[], Any]:
         """A function that makes the model's call of this record once more.
@@ -106,6 +110,7 @@ class ModelCall:
         return lambda: model(*call.arguments, **call.keywords)
 
 
-def _depends_on_graph(call: Call) -> bool:
+def _depends_on_graph(call: Call | None) -> bool:
+    assert call is not None, "asked only for modules that were called"
     inputs = tree_leaves((call.arguments, call.keywords))
     return any(isinstance(each, Tensor) and each.requires_grad for each in inputs)

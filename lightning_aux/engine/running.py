@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_aux.engine.attached import Attached
@@ -15,7 +14,7 @@ from lightning_aux.engine.capture import versions
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.logging import log_step, logs_now
 from lightning_aux.engine.patches import Patches
-from lightning_aux.engine.replay import unobserved
+from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, Step, StepState
 
 if TYPE_CHECKING:
@@ -38,11 +37,12 @@ class Running:
         self._capture = engine.capture
         self._movers = self._overriding("after_optimizer_step")
         self._preparers = self._overriding("before_step")
+        self._unobserved = Unobserved(self._module)
         self._deferred: list[Callable[[], None]] = []
         self._now: StepState | None = None
         self._attempts = self._trainer.global_step
-        self._arguments: tuple[str, ...] = ()
         self._hooks: list[Any] = []
+        self._inert: set[str] = set()
         self._stopped = False
 
     def _overriding(self, method: str) -> list[Attached]:
@@ -54,20 +54,16 @@ class Running:
         """Replace the module's ``training_step``, ``forward`` and ``manual_backward``."""
         module = self._module
         training_step = module.training_step
-        self._arguments = tuple(inspect.signature(training_step).parameters)
 
-        @wraps(training_step)
         def with_terms(*args: Any, **kwargs: Any) -> Any:
             if self._stopped or not torch.is_grad_enabled():
                 return training_step(*args, **kwargs)
             return self._step(training_step, args, kwargs)
 
-        patches.set(module, "training_step", with_terms)
+        patches.wrap(module, "training_step", with_terms)
 
         forward = module.forward
 
-        # Not its attributes: torch.compile would follow one of them past this wrapper.
-        @wraps(forward, updated=())
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             if self._capture.record is None:
                 return forward(*args, **kwargs)
@@ -77,16 +73,15 @@ class Running:
             self._capture.record.add("", call)
             return returned
 
-        patches.set(module, "forward", recorded_forward)
+        patches.wrap(module, "forward", recorded_forward)
 
         if not module.automatic_optimization:
             manual_backward = module.manual_backward
 
-            @wraps(manual_backward)
             def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
                 manual_backward(self._join_backward(loss), *args, **kwargs)
 
-            patches.set(module, "manual_backward", with_terms_backward)
+            patches.wrap(module, "manual_backward", with_terms_backward)
 
         # Fires for real steps only: not for micro-batches, nor when a gradient scaler skips one.
         for optimizer in list(self._trainer.optimizers)[:1]:
@@ -106,8 +101,8 @@ class Running:
         engine.indices.begin_batch(self._trainer.fit_loop.epoch_loop.total_batch_idx)
         for member in self._preparers:
             member.before_step(now)
-        batch, batch_idx = self._batch_of(args, kwargs)
-        record = Record(batch, "student")
+        record = Record(self._batch_of(args, kwargs), "student")
+        batch_idx = self._trainer.fit_loop.epoch_loop.batch_idx
         state = self._now = StepState(record, batch_idx, now, self._deferred.append)
         stepped = engine.steps
         try:
@@ -125,20 +120,18 @@ class Running:
             self._capture.record = None
             self._now = None
 
-    def _batch_of(self, args: Any, kwargs: Any) -> tuple[Any, int]:
-        bound = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        batch = bound.get("batch", args[0] if args else next(iter(kwargs.values()), None))
-        return batch, int(bound.get("batch_idx", 0))
+    def _batch_of(self, args: Any, kwargs: Any) -> Any:
+        if "batch" in kwargs:
+            return kwargs["batch"]
+        return args[0] if args else next(iter(kwargs.values()), None)
 
     def _joined_output(self, state: StepState) -> Any:
         output = state.output
-        if output is None:
-            return None
         if isinstance(output, Tensor):
             return self._add_terms(state, output, 0)
-        if "loss" not in output:
-            return output  # Lightning has the message for this
-        return {**output, "loss": self._add_terms(state, output["loss"], 0)}
+        if isinstance(output, Mapping) and "loss" in output:
+            return {**output, "loss": self._add_terms(state, output["loss"], 0)}
+        return output  # None skips the step; for anything else Lightning has the message
 
     def _join_backward(self, loss: Tensor) -> Tensor:
         state = self._now
@@ -169,27 +162,43 @@ class Running:
         state.loss = loss
         values: dict[str, Any] = {}
         total = loss
+        joining = False
         for objective in engine.objectives:
             if objective.backward != backward:
                 continue
+            joining = True
             weight = objective.weight_at(state.progress.steps)
             values[f"aux/{objective.name}/weight"] = weight
             if weight == 0.0 and not objective.observes:
                 continue
             locations = objective.locations.over(engine.locations)
+            deferred = len(self._deferred)
             term = objective.term(Step(engine, state, locations, objective.name))
-            if term is None:
+            if term is None:  # refused: what it wanted to remember of this step goes with it
+                del self._deferred[deferred:]
                 continue
             values[f"aux/{objective.name}"] = term.detach()
             if weight != 0.0:
+                self._check_depends(objective.name, term, loss)
                 total = total + weight * term
         if engine.heads and backward == 0:
             total = total + engine.heads.zero_term()
         if logs_now(self._trainer):
-            if values:
-                values |= {"aux/main": loss.detach(), "aux/total": total.detach()}
+            if joining:  # several manual_backward calls of one step add up
+                state.main = state.main + loss.detach()
+                state.total = state.total + total.detach()
+                values |= {"aux/main": state.main, "aux/total": state.total}
             log_step(self._module, values, engine.members)
         return total
+
+    def _check_depends(self, name: str, term: Tensor, loss: Tensor) -> None:
+        if term.requires_grad or not loss.requires_grad or name in self._inert:
+            return
+        self._inert.add(name)
+        rank_zero_warn(
+            f"lightning_aux: the term of {name} has no gradient, so it changes nothing. What it "
+            f"reads was computed under no_grad, detached, or belongs to frozen parameters."
+        )
 
     def teacher_record(self, name: str, state: StepState, asked_by: str) -> Record:
         """The teacher's pass over this batch; run on first use, once per step."""
@@ -204,7 +213,7 @@ class Running:
                 run = lambda: forward(self._module, record.batch)  # noqa: E731
             before, self._capture.record = self._capture.record, record
             try:
-                with teacher.weights_in_place(), unobserved(self._module, state.loss.device):
+                with teacher.weights_in_place(), self._unobserved(state.loss.device):
                     returned = run()
             finally:
                 self._capture.record = before

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
@@ -58,6 +59,16 @@ class Record:
             self.spent.discard(path)
             self.calls[path] = []
         self.calls.setdefault(path, []).append(call)
+
+    def call(self, path: str) -> Call | None:
+        """The call of ``path`` that counts: the first with a gradient, or the first at all.
+
+        A step may run the model under ``no_grad`` first, to make pseudo-labels.
+        """
+        calls = self.calls.get(path)
+        if not calls:
+            return None
+        return next((each for each in calls if len(calls) > 1 and _has_grad(each)), calls[0])
 
     def spend(self) -> None:
         """A backward pass has freed the graph of these calls: the next ones replace them."""
@@ -116,14 +127,14 @@ class Pass:
         Args:
             path: module path, glob or callable; without it the ``features`` tap.
         """
-        return self._captured(path or self._needed("features"), lambda call: call.returned)
+        return self._captured("features", path or self._needed("features"))
 
     def input(self, path: Tap | None = None) -> Any:
         """The first positional argument of the module at ``path``, or of the model without one."""
         path = path or self._locations.input
         if path is None:
             return _first_argument(self._engine.model_call.of(self._record, self._asked_by))
-        return self._captured(path, _first_argument)
+        return self._captured("input", path)
 
     # ------------------------------------------------------------------------------- lookups
     def _once(self, key: Any, find: Any) -> Any:
@@ -140,14 +151,14 @@ class Pass:
             )
         return chosen
 
-    def _captured(self, path: Tap, pick: Any) -> Any:
-        if callable(path):
-            return path(self)
-        paths = self._engine.capture.paths(path, self._asked_by)
+    def _captured(self, kind: str, path: Tap) -> Any:
+        """The ``"features"`` (output) or the ``"input"`` of the modules at ``path``."""
+        if not isinstance(path, str):
+            return self._once((kind, path, self._locations), lambda: path(self))
         found = {}
-        for each in paths:
-            calls = self._record.calls.get(each)
-            if not calls:
+        for each in self._engine.capture.paths(path, self._asked_by):
+            call = self._record.call(each)
+            if call is None:
                 when = "in this training step"
                 if self._record.whose != "student":
                     run = self._engine.model_call.where
@@ -158,7 +169,7 @@ class Pass:
                     f"model runs: Taps(forward=lambda module, batch: ...)."
                     f"{self._engine.capture.note_on_compilation()}"
                 )
-            found[each] = pick(calls[0])
+            found[each] = call.returned if kind == "features" else _first_argument(call)
         return found.get(path, found)
 
     def _find_logits(self) -> Tensor:
@@ -175,9 +186,12 @@ class Pass:
                     f"Taps(logits=lambda p: p.returned['...'])."
                 )
             logits, where = found
-            self._engine.say("logits", f"{self._engine.model_call.where}{where}")
+            if self._record.whose == "student":
+                count = self._engine.model_call.count(self._record)
+                which = f", the first with a gradient of {count} calls" if count > 1 else ""
+                self._engine.say("logits", f"{self._engine.model_call.where}{where}{which}")
         else:
-            logits = self._captured(tap, lambda call: call.returned)
+            logits = self._captured("features", tap)
             if not isinstance(logits, Tensor) and (found := find_logits(logits)) is not None:
                 logits = found[0]
         if not isinstance(logits, Tensor):
@@ -314,6 +328,8 @@ class StepState:
     backwards: int = 0
     index: Tensor | None = None
     teachers: dict[str, Record] = field(default_factory=dict)
+    main: Tensor | float = 0.0
+    total: Tensor | float = 0.0
     _loss: Tensor | None = None
 
     @property
@@ -324,6 +340,11 @@ class StepState:
     @loss.setter
     def loss(self, value: Tensor) -> None:
         self._loss = value
+
+
+def _has_grad(call: Call) -> bool:
+    leaves = tree_leaves(call.returned)
+    return any(isinstance(each, Tensor) and each.requires_grad for each in leaves)
 
 
 def _first_argument(call: Call) -> Any:

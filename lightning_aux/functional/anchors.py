@@ -87,6 +87,7 @@ def output_anchor(
     temperature: float = 1.0,
     entropy_weight: float = 0.0,
     mask: Tensor | None = None,
+    dim: int = -1,
 ) -> Tensor:
     """Output-space anchor with an entropy bonus: T²·KL(student‖anchor) − entropy_weight·H(student).
 
@@ -104,6 +105,7 @@ def output_anchor(
         temperature: T of the divergence, above 0; the entropy is that of the predictions at T = 1.
         entropy_weight: weight of the bonus in the loss, in loss per nat; 0 leaves it out.
         mask: the shape of the examples, as in `kl_divergence`.
+        dim: class dimension.
 
     Returns:
         A scalar: float64 for float64 logits, else float32. It may be negative with the bonus.
@@ -111,7 +113,7 @@ def output_anchor(
     Raises:
         ValueError: as in `kl_divergence`.
     """
-    divergence = reverse_kl_divergence(student, anchor, temperature, mask)
+    divergence = reverse_kl_divergence(student, anchor, temperature, mask, dim)
     if entropy_weight == 0:
         return divergence
-    return divergence - entropy_weight * entropy(student, mask=mask)
+    return divergence - entropy_weight * entropy(student, mask=mask, dim=dim)

@@ -47,8 +47,9 @@ def kl_divergence(
         probability 0 under p contributes 0, one that only q excludes makes the divergence infinite.
 
     Raises:
-        ValueError: for different shapes, no examples, a temperature that is not above 0, or a mask
-            that does not have the shape of the examples.
+        ValueError: for different shapes, no examples, a temperature that is not above 0, a class
+            dimension that the logits do not have, or a mask that does not have the shape of the
+            examples.
     """
     log_q, log_p = _pair(student, teacher, temperature, mask, dim)
     return temperature**2 * _mean(_relative_entropy(log_p, log_q, dim), mask)
@@ -103,6 +104,19 @@ def entropy(
     return _mean(-_expectation(log_q, log_q, dim), mask)
 
 
+def shape_of_examples(logits: Tensor, dim: int) -> list[int]:
+    """The shape of `logits` without their class dimension, which index targets and masks have.
+
+    Raises:
+        ValueError: when they have no dimension `dim`.
+    """
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} have no class dimension dim={dim}")
+    shape = list(logits.shape)
+    del shape[dim]
+    return shape
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "kl": kl_divergence,
     "reverse_kl": reverse_kl_divergence,
@@ -126,8 +140,7 @@ def _pair(
 def _log_softmax(logits: Tensor, temperature: float, mask: Tensor | None, dim: int) -> Tensor:
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be finite and above 0, not {temperature}")
-    examples = list(logits.shape)
-    del examples[dim]
+    examples = shape_of_examples(logits, dim)
     if math.prod(examples) == 0:
         raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
     if mask is not None:

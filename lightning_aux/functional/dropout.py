@@ -1,9 +1,14 @@
-"""The dropout rate over training: standard, early and late dropout."""
+"""The dropout rate over training: standard, early and late dropout.
+
+`early` and `late` are also the values of the schedules of these names, of dropout or of any weight.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Shape: TypeAlias = Literal["constant", "linear", "cosine"]
 
 
 def dropout_rate(
@@ -13,7 +18,7 @@ def dropout_rate(
     total: int,
     until: int | None = None,
     start: int | None = None,
-    shape: Literal["constant", "linear", "cosine"] = "constant",
+    shape: Shape = "constant",
 ) -> float:
     """Dropout rate of one optimizer step.
 
@@ -40,13 +45,14 @@ def dropout_rate(
     """
     _check(step, p, mode, total, until, start, shape)
     if mode == "early" and until is not None:
-        return _early(step, p, until, shape)
+        return early(step, p, until, shape)
     if mode == "late" and start is not None:
-        return _late(step, p, start, total, shape)
+        return late(step, p, start, total, shape)
     return p
 
 
-def _early(step: int, p: float, until: int, shape: str) -> float:
+def early(step: int, p: float, until: int, shape: Shape) -> float:
+    """The value p at first, 0 from step `until` on; nothing is checked."""
     last = until - 1
     if step > last:
         return 0.0
@@ -59,7 +65,8 @@ def _early(step: int, p: float, until: int, shape: str) -> float:
     return p * (1 + math.cos(math.pi * step / last)) / 2
 
 
-def _late(step: int, p: float, start: int, total: int, shape: str) -> float:
+def late(step: int, p: float, start: int, total: int, shape: Shape) -> float:
+    """The value 0 before step `start`, then p, or a rise to p at `total`; nothing is checked."""
     if step < start:
         return 0.0
     if shape == "constant" or step >= total:

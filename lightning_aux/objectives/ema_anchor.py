@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -28,12 +29,15 @@ class EMAAnchor(Objective):
     ``Σ ‖θ − φ‖²`` over the trainable parameters. ``φ`` gives no gradient.
 
     Args:
-        space: ``"output"`` (logits ``(batch, …, classes)``) or ``"weight"``.
+        space: ``"output"`` (on the logits) or ``"weight"``.
         weight: factor of the term, see `Objective`.
         entropy: factor of the entropy bonus relative to the divergence; output space only.
         teacher: name of a teacher among the Trainer's callbacks. Default: a teacher of its own,
-            an `EMATeacher` made from the arguments that follow.
+            an `EMATeacher` made from ``decay``, ``warmup``, ``every``, ``start`` and ``buffers``.
         temperature: of both distributions in output space, with the factor T².
+        dim: class dimension of the logits in output space: -1 for ``(batch, classes)`` and
+            ``(batch, length, classes)``, 1 for dense predictions ``(batch, classes, height,
+            width)``. The mean is over all positions.
         decay: of the anchor's own average.
         warmup: see `EMATeacher`; of the anchor's own average.
         every: optimizer steps between updates of the anchor's own average.
@@ -46,8 +50,9 @@ class EMAAnchor(Objective):
         backward: which ``manual_backward`` the term joins in manual optimisation.
 
     Raises:
-        AuxiliaryError: unknown ``space``, ``entropy`` in weight space, non-positive temperature,
-            or a ``teacher`` that is not attached.
+        AuxiliaryError: unknown ``space``; ``entropy``, ``temperature`` or ``dim`` in weight space;
+            non-positive temperature; arguments of its own average beside a named ``teacher``, or a
+            ``teacher`` that is not attached; logits without the dimension ``dim``.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class EMAAnchor(Objective):
         entropy: float = 0.0,
         teacher: str | None = None,
         temperature: float = 1.0,
+        dim: int = -1,
         decay: float = 0.999,
         warmup: bool = False,
         every: int = 1,
@@ -72,19 +78,27 @@ class EMAAnchor(Objective):
             raise AuxiliaryError(
                 f"{self.name}: space={space!r} is unknown. Choose 'output' or 'weight'."
             )
-        if space == "weight" and entropy:
+        of_outputs = _changed(entropy=entropy, temperature=temperature, dim=dim)
+        if space == "weight" and of_outputs:
             raise AuxiliaryError(
-                f"{self.name}: entropy={entropy} needs outputs. Leave it out or use space='output'."
+                f"{self.name}: {of_outputs} needs outputs. Leave it out or use space='output'."
             )
         if temperature <= 0:
             raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
         self.space = space
         self.entropy = entropy
         self.temperature = temperature
+        self.dim = dim
         self.own_teacher: EMATeacher | None = None
         if teacher is None:
             teacher = f"{self.name}.teacher"
             self.own_teacher = EMATeacher(decay, teacher, warmup, every, start, buffers)
+        elif own := _changed(decay=decay, warmup=warmup, every=every, start=start, buffers=buffers):
+            raise AuxiliaryError(
+                f"{self.name}: {own} beside teacher={teacher!r} would change nothing: such "
+                f"arguments belong to the named teacher, EMATeacher(name={teacher!r}, {own}). "
+                f"Without teacher= the anchor has an average of its own, which they are for."
+            )
         self.teacher = teacher
 
     def companions(self) -> list[Attached]:
@@ -98,7 +112,13 @@ class EMAAnchor(Objective):
         if self.space == "weight":
             return squared_distance(*step.weights(self.teacher))
         anchor = step.teacher(self.teacher).logits
-        return output_anchor(step.logits, anchor, self.temperature, self.entropy)
+        return output_anchor(step.logits, anchor, self.temperature, self.entropy, dim=self.dim)
+
+
+def _changed(**given: Any) -> str:
+    """Those arguments, as they are written in a call, that are not the default of `EMAAnchor`."""
+    known = inspect.signature(EMAAnchor.__init__).parameters
+    return ", ".join(f"{key}={v!r}" for key, v in given.items() if v != known[key].default)
 
 
 class EMAAnchorMixin(AuxiliaryMixin):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Pass, Step, Tap
 from lightning_aux.engine.taps import describe
 from lightning_aux.functional import DIVERGENCES, FEATURE_DISTANCES
+from lightning_aux.functional.divergences import shape_of_examples
 from lightning_aux.mixin import AuxiliaryMixin
 from lightning_aux.objective import Objective
 from lightning_aux.schedule import Schedule
@@ -27,7 +28,8 @@ class SelfDistillation(Objective):
     On logits ``T² · D(p_teacher, p_student)``, ``p = softmax(z / T)`` (Hinton, Vinyals & Dean
     2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2; with an EMA
     teacher Tarvainen & Valpola 2017, arXiv:1703.01780), summed over classes and averaged over
-    examples. On features the distance between the outputs of one module.
+    examples; every position of a sequence or an image is one. On features the distance between
+    the outputs of one module.
 
     Args:
         teacher: name of a teacher among the Trainer's callbacks.
@@ -39,7 +41,10 @@ class SelfDistillation(Objective):
         weight: factor of the term, see `Objective`.
         only_correct: count only the examples whose target the teacher predicts; the others
             contribute 0 and the mean is still over all examples, so that accumulation and several
-            processes give the same gradient. Logits and class-index targets only.
+            processes give the same gradient. Logits only, with class indices as the target: of
+            the shape of the logits without their class dimension.
+        dim: class dimension of the logits: -1 for ``(batch, classes)`` and ``(batch, length,
+            classes)``, 1 for dense predictions ``(batch, classes, height, width)``.
         name: unique name for logs and checkpoints.
         taps: where logits and target are.
         nonfinite: ``"raise"`` or ``"skip"``.
@@ -47,7 +52,8 @@ class SelfDistillation(Objective):
 
     Raises:
         AuxiliaryError: a divergence that does not fit ``on``, a non-positive temperature, a
-            ``teacher`` that is not attached, a path that names no module.
+            ``teacher`` that is not attached, a path that names no module; in a step, logits
+            without the dimension ``dim``, or a target that ``only_correct`` cannot compare.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class SelfDistillation(Objective):
         temperature: float = 1.0,
         weight: float | str | Schedule = 1.0,
         only_correct: bool = False,
+        dim: int = -1,
         name: str | None = None,
         taps: Taps | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -76,15 +83,16 @@ class SelfDistillation(Objective):
             )
         if temperature <= 0:
             raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
-        if not on_logits and (temperature != 1.0 or only_correct):
+        if not on_logits and (temperature != 1.0 or only_correct or dim != -1):
             raise AuxiliaryError(
-                f"{self.name}: temperature and only_correct need on='logits', not {on!r}."
+                f"{self.name}: temperature, only_correct and dim need on='logits', not {on!r}."
             )
         self.teacher = teacher
         self.on = on
         self.divergence = divergence
         self.temperature = temperature
         self.only_correct = only_correct
+        self.dim = dim
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
@@ -94,10 +102,23 @@ class SelfDistillation(Objective):
         teacher = step.teacher(self.teacher)
         if self.on != "logits":
             return self._feature_distance(step, teacher)
-        mask = None
-        if self.only_correct:
-            mask = teacher.logits.argmax(-1) == step.target
-        return DIVERGENCES[self.divergence](step.logits, teacher.logits, self.temperature, mask)
+        mask = self._correct(teacher.logits, step.target) if self.only_correct else None
+        divergence = DIVERGENCES[self.divergence]
+        return divergence(step.logits, teacher.logits, self.temperature, mask, self.dim)
+
+    def _correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Where the teacher predicts the target; nothing is broadcast."""
+        found, expected = list(target.shape), shape_of_examples(logits, self.dim)
+        if found != expected:
+            fitting = [d for d in range(1, logits.ndim) if found == shape_of_examples(logits, d)]
+            other = f" It would fit dim={fitting[0]}." if fitting else ""
+            raise AuxiliaryError(
+                f"{self.name}: only_correct compares class indices, but the target has shape "
+                f"{tuple(found)}, and logits of shape {tuple(logits.shape)} with the classes in "
+                f"dim={self.dim} need {tuple(expected)}.{other} Give dim=, or name the target with "
+                f"taps=Taps(target=...)."
+            )
+        return logits.argmax(self.dim) == target
 
     def _feature_distance(self, step: Step, teacher: Pass) -> Tensor:
         distance = FEATURE_DISTANCES[self.divergence]

@@ -13,17 +13,18 @@ from bisect import bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast, get_args
+
+from lightning_aux.functional.dropout import Shape, early, late
 
 from .build import Role, build
 from .horizon import Duration, Horizon
 from .parse import SCHEDULE_EXAMPLE, ScheduleError, near, pointed
 
 Time: TypeAlias = Duration | str | int
-Shape: TypeAlias = Literal["constant", "linear", "cosine"]
 Bound: TypeAlias = Callable[[int], float]
 
-_SHAPES: tuple[Shape, ...] = ("constant", "linear", "cosine")
+_SHAPES: tuple[str, ...] = get_args(Shape)
 
 
 @dataclass(frozen=True)
@@ -314,22 +315,7 @@ class Early(Schedule):
 
     def _bind(self, horizon: Horizon, origin: int) -> Bound:
         until = horizon.end(self.until, origin)
-        last = until - origin - 1
-        slope = -self.value / last if last > 0 else 0.0
-
-        def value(step: int) -> float:
-            if step >= until:
-                return 0.0
-            step -= origin
-            if self.shape == "constant" or step <= 0:
-                return self.value
-            if step == last:
-                return 0.0
-            if self.shape == "linear":
-                return step * slope + self.value  # in the order of numpy.linspace, to the last bit
-            return self.value * (1 + math.cos(math.pi * step / last)) / 2
-
-        return value
+        return lambda step: early(step - origin, self.value, until - origin, self.shape)
 
 
 @dataclass(frozen=True)
@@ -357,13 +343,9 @@ class Late(Schedule):
 
     def _bind(self, horizon: Horizon, origin: int) -> Bound:
         start = horizon.end(self.start, origin)
-        if self.shape == "constant":
-            return lambda step: self.value if step >= start else 0.0
-        total = horizon.steps("100%")
-        if start > total:
-            return lambda step: 0.0
-        ramp = Linear if self.shape == "linear" else Cosine
-        return ramp(0, self.value, until=total, after=start)._bind(horizon, 0)
+        # A constant needs no end, so it also serves a training of unknown length.
+        total = start if self.shape == "constant" else horizon.steps("100%")
+        return lambda step: late(step, self.value, start, total, self.shape)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ class EMATeacher(Teacher):
             ``"average"`` averages floating-point buffers too. Integer buffers are always copied.
 
     Raises:
-        AuxiliaryError: ``decay`` outside [0, 1], ``every`` below 1, negative ``start``.
+        AuxiliaryError: ``decay`` outside [0, 1], ``every`` below 1, negative ``start``; before
+            training, when the strategy shards parameters (FSDP, DeepSpeed ZeRO-3), which is not
+            supported yet.
 
     Note:
-        Sharded parameters (FSDP) are not supported yet. The memory is one more copy of the
-        parameters in float32.
+        The memory is one more copy of the parameters in float32.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class EMATeacher(Teacher):
             return
         if self.store is None:
             self.store = self.new_store(self.engine.module)
+            self.defer_buffers(0.0)
         else:
-            self.store.update(ema_decay(self.decay, self.updates, self.warmup))
+            decay = ema_decay(self.decay, self.updates, self.warmup)
+            self.store.update(decay)
             self.updates += 1
-        self._stale_buffers = True
+            self.defer_buffers(decay)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_aux.engine import AuxiliaryError, Engine
+from lightning_aux.teachers.store import WeightStore
 from lightning_aux.teachers.teacher import Teacher
 
 __all__ = ["FrozenTeacher"]
@@ -25,21 +26,22 @@ class FrozenTeacher(Teacher):
 
     Raises:
         AuxiliaryError: before training, when the file does not exist, cannot be read, or holds
-            the weights of another model.
+            the weights of another model, or when the strategy shards parameters.
     """
 
     def __init__(self, name: str = "frozen", checkpoint: str | Path | None = None) -> None:
         super().__init__(name)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._prepared: WeightStore | None = None  # from the check until training starts
 
     def check(self, engine: Engine) -> None:
+        super().check(engine)
         if self.checkpoint is not None:
-            self.new_store(engine.module).load_state_dict(self._read(), self.name)
+            self._prepared = self.new_store(engine.module)
+            self._prepared.load_state_dict(self._read(), self.name)
 
     def begin(self, module: nn.Module) -> None:
-        self.store = self.new_store(module)
-        if self.checkpoint is not None:
-            self.store.load_state_dict(self._read(), self.name)
+        self.store, self._prepared = self._prepared or self.new_store(module), None
 
     def _read(self) -> dict[str, Tensor]:
         assert self.checkpoint is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,18 @@ from lightning_aux.functional import ema_update_
 
 __all__ = ["WeightStore"]
 
+_Pairs: TypeAlias = tuple[list[Tensor], list[Tensor]]
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightStore:
-    """Values by name for every parameter and buffer of a module; nothing else is copied.
+    """Values by name for every parameter and persistent buffer of a module; no module is copied.
 
-    Tied parameters are held once and stay tied. Parameters in half precision have float32
-    values here: an average with a decay near one would otherwise never move. Buffers are looked
-    up by name on each use, since modules may replace them; parameters are cached.
+    Tied parameters and shared buffers are held once and stay tied. Parameters in half precision
+    have float32 values here: an average with a decay near one would otherwise never move.
+    Parameters are cached; buffers are looked up on each use, since modules may replace, add and
+    remove them. Non-persistent buffers (rotary caches, masks) are made from the configuration and
+    have no values here: the live ones serve every set of weights.
 
     Args:
         module: whose weights these are.
@@ -48,35 +51,54 @@ class WeightStore:
         self._live = list(named.values())
         self._values = [_float32(parameter.detach()) for parameter in self._live]
         self._averages = buffers == "average"
-        self._owners: list[tuple[str, dict[str, Any], str]] = []
-        self._optional: set[str] = set()  # buffers that the module itself never saves
-        seen: set[int] = set()
-        for prefix, owner in module.named_modules():
-            for key, buffer in owner._buffers.items():
-                if buffer is not None and id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    name = f"{prefix}.{key}" if prefix else key
-                    self._owners.append((name, owner._buffers, key))
-                    if key in owner._non_persistent_buffers_set:
-                        self._optional.add(name)
-        self._buffers = [held[key].detach().clone() for _, held, key in self._owners]
+        self._owners = [
+            (f"{prefix}." if prefix else "", owner._buffers, owner._non_persistent_buffers_set)
+            for prefix, owner in module.named_modules()
+        ]
+        self.buffers: dict[str, Tensor] = {}
+        self._plan = self._follow(self.buffers)
+        self._planned_for: list[tuple[int, torch.Size] | None] | None = None
 
     def update(self, decay: float) -> None:
-        """Move the average: values ← decay · values + (1 − decay) · live."""
-        ema_update_(self._values, [parameter.detach() for parameter in self._live], decay)
-        if self._averages and self._buffers:
-            live = [held[key].detach() for _, held, key in self._owners]
-            moving = [place for place, each in enumerate(live) if each.is_floating_point()]
-            if moving:
-                shadows = [self._buffers[place] for place in moving]
-                ema_update_(shadows, [live[place] for place in moving], decay)
+        """Move the average of the parameters: values ← decay · values + (1 − decay) · live."""
+        ema_update_(self._values, cast("list[Tensor]", self._live), decay)
 
-    def copy_buffers(self) -> None:
-        """Take the live module's buffers (all but the averaged ones)."""
-        for place, (_, held, key) in enumerate(self._owners):
-            live = held[key]
-            if not (self._averages and live.is_floating_point()):
-                self._buffers[place].copy_(live)
+    def update_buffers(self, decay: float) -> None:
+        """Take the live module's buffers, or average those that are averaged, with ``decay``.
+
+        A buffer whose shape or dtype has changed, or that is new, starts from the live value; one
+        that is gone is gone here too.
+        """
+        now = [
+            None if buffer is None else (id(buffer), buffer.shape)
+            for _, held, _ in self._owners
+            for buffer in held.values()
+        ]
+        if now != self._planned_for:  # mostly the same: looking at each costs more than moving all
+            self._plan, self._planned_for = self._follow(self.buffers), now
+        self._plan.run(decay)
+
+    def _follow(self, buffers: dict[str, Tensor]) -> _Plan:
+        """Make ``buffers`` like the live ones by name, shape and dtype; how to move them then."""
+        live = {name: buffer for name, _, _, buffer in self._places()}
+        for name in buffers.keys() - live.keys():
+            del buffers[name]
+        plan = _Plan()
+        for name, now in live.items():
+            if name not in buffers or not _alike(buffers[name], now):
+                buffers[name] = now.detach().clone()
+            plan.add(buffers[name], now, self._averages and now.is_floating_point())
+        return plan
+
+    def _places(self) -> list[tuple[str, dict[str, Any], str, Tensor]]:
+        """Name here, holder and key of every persistent buffer of the live module."""
+        names: dict[int, str] = {}  # a buffer that several modules share goes by its first name
+        return [
+            (names.setdefault(id(buffer), prefix + key), held, key, buffer)
+            for prefix, held, unsaved in self._owners
+            for key, buffer in held.items()
+            if buffer is not None and key not in unsaved
+        ]
 
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The trainable parameters and, in the same order, their values here."""
@@ -88,45 +110,68 @@ class WeightStore:
         """Give the module these values for the time of a ``with`` block.
 
         Data pointers are exchanged, so whoever else holds the parameters (an RNN's flat weights,
-        a list in the user's code) sees the exchange too, and the student's graph is untouched.
+        a list in the user's code) sees the exchange too, and the student's graph is untouched. A
+        buffer that is not as it was at the last update (a cache that has just grown) stays live.
         """
         kept = [parameter.data for parameter in self._live]
-        buffers = [held[key] for _, held, key in self._owners]
+        places = self._places()
         try:
             for parameter, value in zip(self._live, self._values, strict=True):
                 parameter.data = value if value.dtype == parameter.dtype else value.to(parameter)
-            for (_, held, key), value in zip(self._owners, self._buffers, strict=True):
-                held[key] = value
+            for name, held, key, buffer in places:
+                ours = self.buffers.get(name)
+                if ours is not None and _alike(ours, buffer):
+                    held[key] = ours
             yield
         finally:
             for parameter, data in zip(self._live, kept, strict=True):
                 parameter.data = data
-            for (_, held, key), buffer in zip(self._owners, buffers, strict=True):
+            for _, held, key, buffer in places:
                 held[key] = buffer
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All values by the names that the module's own ``named_parameters`` gives."""
-        weights = dict(zip(self._names, self._values, strict=True))
-        return weights | {
-            name: value for (name, _, _), value in zip(self._owners, self._buffers, strict=True)
-        }
+    def state_dict(self, pending: float | None = None) -> dict[str, Tensor]:
+        """All values by the names that the module's own ``named_parameters`` gives.
 
-    def load_state_dict(self, state: dict[str, Tensor], asked_by: str) -> None:
+        Args:
+            pending: with a decay, buffers are copies as ``update_buffers(pending)`` would leave
+                them; the store itself does not change.
+        """
+        buffers = self.buffers
+        if pending is not None:
+            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            self._follow(buffers).run(pending)
+        return dict(zip(self._names, self._values, strict=True)) | buffers
+
+    def load_state_dict(
+        self, state: dict[str, Tensor], asked_by: str, buffers: dict[str, Tensor] | None = None
+    ) -> None:
         """Take values by name; they keep this store's devices.
+
+        Args:
+            state: what `state_dict` returned, or that of the module itself.
+            asked_by: begins the message of an error.
+            buffers: taken in place of those in ``state``, whatever the live module has: its own
+                may have changed shape since these were saved.
 
         Raises:
             AuxiliaryError: a name is missing or a shape differs.
         """
-        own = self.state_dict()
-        missing = [name for name in own if name not in state and name not in self._optional]
+        own = dict(zip(self._names, self._values, strict=True))
+        if buffers is None:
+            own |= self.buffers
+        else:
+            self._planned_for = None
+            self.buffers = {
+                name: saved.to(self.buffers.get(name, saved).device, copy=True)
+                for name, saved in buffers.items()
+            }
+        missing = [name for name in own if name not in state]
         if missing:
             raise AuxiliaryError(
                 f"{asked_by}: the saved weights lack {', '.join(map(repr, missing[:5]))}"
                 f"{' and more' if len(missing) > 5 else ''}. They belong to another model."
             )
         for name, value in own.items():
-            if name not in state:
-                continue
             if state[name].shape != value.shape:
                 raise AuxiliaryError(
                     f"{asked_by}: {name!r} has shape {tuple(state[name].shape)} in the saved "
@@ -135,5 +180,30 @@ class WeightStore:
             value.copy_(state[name])
 
 
+class _Plan:
+    """Pairs of buffers and live ones, together for each device and dtype."""
+
+    def __init__(self) -> None:
+        self._averages: _Pairs = ([], [])
+        self._copies: dict[tuple[torch.device, torch.dtype], _Pairs] = {}
+
+    def add(self, held: Tensor, live: Tensor, averaged: bool) -> None:
+        alike = (held.device, held.dtype)
+        ours, theirs = self._averages if averaged else self._copies.setdefault(alike, ([], []))
+        ours.append(held)
+        theirs.append(live)
+
+    @torch.no_grad()
+    def run(self, decay: float) -> None:
+        if self._averages[0]:
+            ema_update_(*self._averages, decay)
+        for held, live in self._copies.values():
+            torch._foreach_copy_(held, live)
+
+
 def _float32(value: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True) if value.dtype in _HALF else value.clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
@@ -34,21 +35,33 @@ class Teacher(Attached):
         self.buffers = buffers
         self.updates = 0
         self.store: WeightStore | None = None
-        self._stale_buffers = False
+        self._pending: float | None = None  # decay of a buffer update that is still to come
 
     def attach(self, engine: Engine) -> None:
         engine.teach(self)
 
+    def check(self, engine: Engine) -> None:
+        sharded = [name for name, each in engine.module.named_parameters() if _is_sharded(each)]
+        if sharded:
+            raise AuxiliaryError(
+                f"{self.name}: {', '.join(map(repr, sharded[:3]))}"
+                f"{' and more' if len(sharded) > 3 else ''} of {type(engine.module).__name__} "
+                f"are sharded, and teachers do not support sharded parameters yet. Use a strategy "
+                f"that keeps whole parameters (single device, ddp)."
+            )
+
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
-        self.updates, self.store, self._stale_buffers = 0, None, False
+        self.updates, self.store, self._pending = 0, None, None
         self.begin(engine.module)
-        if state is not None:
-            self.updates = int(state["updates"])
-            if "weights" in state:
-                self.store = self.store or self.new_store(engine.module)
-                self.store.load_state_dict(state["weights"], self.name)
-            else:
-                self.store = None
+        if state is None:
+            return
+        self.updates = int(state["updates"])
+        if "weights" not in state:
+            self.store = None
+            return
+        self.store = self.store or self.new_store(engine.module)
+        self.store.load_state_dict(state["weights"], self.name, state.get("buffers"))
+        self._pending = state.get("pending")
 
     def begin(self, module: nn.Module) -> None:
         """Make the first weights; without any, the live weights are the teacher's."""
@@ -60,16 +73,18 @@ class Teacher(Attached):
         except AuxiliaryError as error:
             raise AuxiliaryError(f"{self.name}: {error}") from error
 
-    def before_step(self, now: Progress) -> None:
-        # Under DDP the buffers of all processes are made equal just before the training step, not
-        # after the optimizer step: copied here, every process has the same teacher.
-        if self._stale_buffers:
-            self._refresh_buffers()
+    def defer_buffers(self, decay: float) -> None:
+        """Have the buffers follow an update of the weights, before the next training step.
 
-    def _refresh_buffers(self) -> None:
-        self._stale_buffers = False
-        if self.store is not None:
-            self.store.copy_buffers()
+        Under DDP the buffers of all processes are made equal just before the training step, not
+        after the optimizer step: taken there, every process has the same teacher.
+        """
+        self._pending = decay if self._pending is None else decay * self._pending
+
+    def before_step(self, now: Progress) -> None:
+        if self._pending is not None and self.store is not None:
+            self.store.update_buffers(self._pending)
+            self._pending = None
 
     def weights_in_place(self) -> AbstractContextManager[None]:
         """The module with this teacher's weights, for the time of a ``with`` block."""
@@ -85,7 +100,20 @@ class Teacher(Attached):
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"updates": self.updates}
         if self.store is not None:
-            if self._stale_buffers:
-                self._refresh_buffers()
-            state["weights"] = self.store.state_dict()
+            # The weights are whole, for whoever reads the file. A resumed run starts from the
+            # buffers before their pending update: like a run that was never interrupted, it then
+            # takes the live buffers of the next step.
+            state["weights"] = self.store.state_dict(self._pending)
+            state["buffers"] = self.store.buffers
+            state["pending"] = self._pending
         return state
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened"):
+        return True  # DeepSpeed ZeRO-3, FSDP1
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # not part of every build of torch
+
+    return isinstance(parameter, DTensor)

@@ -274,6 +274,7 @@ def test_config_beside_a_run_starts_the_same_run(place, tmp_path):
         ({"variants": {"baseline": {"callbacks": []}}}, "is the plain base itself"),
         ({"variants": {"a": {"callback": []}}}, "Did you mean 'callbacks'?"),
         ({"variants": {"a": {"callbacks": [toy("Nowhere")]}}}, "variant 'a'"),
+        ({"variants": {"a": {"callbacks": [{"class_path": "Objective"}]}}}, "has no term"),
         ({"variants": {"a": {"callbacks": [toy("Sleeps", secs=1)]}}}, "secs"),
         ({"variants": {"a": {"callbacks": [toy("Sleeps", seconds="x")]}}}, "seconds"),
         ({"variants": {"a": {"callbacks": [toy("Refuses", value=2)]}}}, "value=2.0 is refused"),

@@ -127,6 +127,8 @@ TOY = ["--model=tests.cli.toy.ToyModel", "--data=tests.cli.toy.ToyData", "--wand
         ({"class_path": "EMATeacher", "init_args": {"decay": "slow"}}, "decay"),
         ({"class_path": "EMATeachr"}, "EMATeachr"),
         ({"class_path": "EMAAnchor", "init_args": {"weight": "lineer(0, 1)"}}, "lineer"),
+        ({"class_path": "Objective"}, "lightning_aux.Objective has no term"),
+        ({"class_path": "tests.cli.toy.Termless"}, "tests.cli.toy.Termless has no term"),
     ],
 )
 def test_a_wrong_callback_in_a_config_ends_before_training(callback, message, tmp_path, capsys):
@@ -140,6 +142,48 @@ def test_a_wrong_callback_in_a_config_ends_before_training(callback, message, tm
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            {"class_path": "SelfDistillation", "init_args": {"teacher": "emma"}},
+            "self_distillation: no teacher is called 'emma'.",
+        ),
+        (
+            {"class_path": "EMAAnchor", "init_args": {"taps": {"logits": "nte"}}},
+            "ema_anchor: ",
+        ),
+        (
+            {"class_path": "DropoutSchedule", "init_args": {"p": 0.1, "until": 4}},
+            "dropout_schedule",
+        ),
+        ({"class_path": "tests.cli.toy.Wraps"}, "the cause, for the user"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_message_without_a_traceback(
+    callback, message, tmp_path, capsys
+):
+    config = tmp_path / "config.yaml"
+    trainer = {"callbacks": [callback], "logger": False, "enable_checkpointing": False}
+    trainer |= {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path)}
+    config.write_text(yaml.safe_dump({"trainer": trainer}))
+
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={config}", *TOY[:2]])
+
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert f"\nlightning-aux: error: {message}" in "\n" + shown
+    assert "Traceback" not in shown
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path):
+    trainer = {"callbacks": "tests.cli.toy.Fails", "logger": "false", "default_root_dir": tmp_path}
+    arguments = [f"--trainer.{key}={value}" for key, value in trainer.items()]
+    with pytest.raises(RuntimeError, match="this variant cannot train"):
+        main(["fit", *TOY[:2], *arguments])
 
 
 def test_fit_saves_its_config_beside_the_logs_again_and_again(tmp_path):

@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_aux import AuxiliaryError, Objective
+
 
 class ToyData(LightningDataModule):
     def __init__(self, size: int = 32, num_workers: int = 0) -> None:
@@ -77,6 +79,20 @@ class Draws(Callback):
 class Fails(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         raise RuntimeError("this variant cannot train")
+
+
+class Termless(Objective):
+    """Does not define ``loss``."""
+
+
+class Wraps(Callback):
+    """Raises something else because of an error of ours."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        try:
+            raise AuxiliaryError("the cause, for the user")
+        except AuxiliaryError as error:
+            raise RuntimeError("wrapped") from error
 
 
 class Sleeps(Callback):

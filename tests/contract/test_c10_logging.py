@@ -121,7 +121,7 @@ def test_hyperparameters_of_every_callback_are_in_the_loggers_config(
     logged(added, tmp_path)
     config = yaml.safe_load((tmp_path / "run" / "hparams.yaml").read_text())
     for each in added:
-        noted = config["callbacks"][each.name]
+        noted = config["aux"][each.name]
         assert noted == {"class": type(each).__name__, **each.hyperparameters}
     assert config["dropout"] == 0.1  # the module's own stay
 

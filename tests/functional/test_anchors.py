@@ -130,6 +130,14 @@ def test_the_output_anchor_hands_its_mask_to_both_parts() -> None:
     torch.testing.assert_close(output_anchor(student, anchor, 1.0, 0.5, mask), expected)
 
 
+def test_the_output_anchor_hands_its_class_dimension_to_both_parts() -> None:
+    student, anchor = torch.randn(2, 6, 4, 5)
+    last = output_anchor(student.movedim(1, -1), anchor.movedim(1, -1), 2.0, 0.5)
+    torch.testing.assert_close(output_anchor(student, anchor, 2.0, 0.5, dim=1), last)
+    with pytest.raises(ValueError, match=r"\(6, 4, 5\) have no class dimension dim=3"):
+        output_anchor(student, anchor, dim=3)
+
+
 def test_the_entropy_bonus_flattens_the_predictions() -> None:
     student = torch.tensor([[2.0, 0.0]], requires_grad=True)
     output_anchor(student, student.detach(), entropy_weight=1.0).backward()

@@ -70,6 +70,36 @@ def test_sequences_are_averaged_over_every_position(plain_trainer):
     assert all(term == pytest.approx(hand, abs=2e-6) for term, hand in anchor.pairs_seen)
 
 
+def test_the_class_dimension_of_dense_predictions_is_an_argument(plain_trainer):
+    """Classes in dim 1, as in segmentation: the formula on ``(pixels, classes)``."""
+
+    class Dense(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            pixels = super().forward(torch.stack([x, x * 0.5, -x, x * 2], 1))
+            return pixels.transpose(1, 2).unflatten(2, (2, 2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0])[:, :, 0, 1], batch[1])
+
+    def by_hand(anchor: Logged, step: aux.Step) -> float:
+        class Last:
+            """The same logits with the classes in the last dimension."""
+
+            logits = step.logits.movedim(1, -1)
+
+            def teacher(self, name: str) -> Any:
+                self = Last()
+                self.logits = step.teacher(name).logits.movedim(1, -1)
+                return self
+
+        return output_by_hand(anchor, Last())  # type: ignore[arg-type]
+
+    anchor = Logged(by_hand, dim=1, temperature=2.0, entropy=0.1, decay=0.5)
+    plain_trainer(max_epochs=2, callbacks=[anchor]).fit(Dense(lr=0.3), rows())
+    assert len(anchor.pairs_seen) == 12
+    assert all(term == pytest.approx(hand, abs=2e-6) for term, hand in anchor.pairs_seen)
+
+
 def test_the_weight_term_is_the_squared_distance_to_the_average(plain_trainer):
     """The average is kept by hand, in float64; frozen parameters do not count."""
     average: dict[str, Tensor] = {}
@@ -141,6 +171,10 @@ def test_two_anchors_have_a_teacher_each(plain_trainer):
     [
         ({"space": "hidden"}, r"ema_anchor: space='hidden' is unknown\. Choose 'output' or"),
         ({"space": "weight", "entropy": 0.1}, r"entropy=0\.1 needs outputs"),
+        (
+            {"space": "weight", "temperature": 2.0, "dim": 1},
+            r"temperature=2\.0, dim=1 needs outputs",
+        ),
         ({"temperature": 0.0}, r"temperature=0\.0 must be positive"),
         ({"decay": 2.0}, r"ema_anchor\.teacher: decay=2\.0 must lie in \[0, 1\]"),
         ({"nonfinite": "ignore"}, "nonfinite='ignore' is unknown. Choose 'raise' or 'skip'"),
@@ -150,6 +184,18 @@ def test_two_anchors_have_a_teacher_each(plain_trainer):
 def test_bad_arguments_are_refused_when_it_is_made(arguments, message):
     with pytest.raises(aux.AuxiliaryError, match=message):
         aux.EMAAnchor(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("decay", 0.1), ("warmup", True), ("every", 2), ("start", 50), ("buffers", "average")],
+)
+def test_arguments_of_its_own_average_beside_a_named_teacher_are_refused(argument, value):
+    """They would be ignored: the named teacher has its own."""
+    message = rf"^ema_anchor: {argument}={value!r} beside .*EMATeacher\(name='ema', {argument}="
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        aux.EMAAnchor(teacher="ema", **{argument: value})
+    assert aux.EMAAnchor(**{argument: value}).own_teacher is not None
 
 
 def test_a_weight_that_does_not_parse_is_refused_with_the_place(plain_trainer):

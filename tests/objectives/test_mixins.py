@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,86 @@ def test_the_modules_own_callbacks_stay(plain_trainer):
     ]
     plain_trainer(callbacks=[]).fit(model, rows())
     assert counting.batches == 6
+
+
+@pytest.mark.parametrize(
+    "returned", [Callback(), (Callback(),), None], ids=["one", "tuple", "none"]
+)
+def test_what_lightning_takes_from_configure_callbacks_is_taken(returned, plain_trainer):
+    class WithOwn(Plain):
+        def configure_callbacks(self) -> Any:
+            return returned
+
+    class Mixed(aux.EMAAnchorMixin, WithOwn):
+        pass
+
+    model = Mixed()
+    trainer = plain_trainer(callbacks=[])
+    trainer.fit(model, rows())
+    own = 0 if returned is None else 1
+    assert [type(each) for each in model.configure_callbacks()[:own]] == [Callback] * own
+    assert any(type(each) is aux.EMAAnchor for each in trainer.callbacks)
+
+
+# ---------------------------------------------------------------------------------- a second fit
+def twice(trainer: Any, model: L.LightningModule) -> None:
+    trainer.fit(model, rows())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, rows())
+
+
+def test_a_second_fit_goes_on_with_the_teacher_and_the_memory(plain_trainer):
+    class Both(aux.SelfDistillationMixin, Own):
+        ema_teacher = {"decay": 0.9}
+
+    torch.manual_seed(1)
+    mixed = Both()
+    twice(plain_trainer(), mixed)
+    made = {each.name: each for each in mixed.configure_callbacks()}
+    teacher, elr = made["ema"], made["early_learning_regularization"]
+    torch.manual_seed(1)
+    plain = Plain()
+    added = [
+        aux.EMATeacher(decay=0.9),
+        aux.SelfDistillation(),
+        aux.EarlyLearningRegularization(weight=1.0),
+    ]
+    twice(plain_trainer(callbacks=added), plain)
+    assert teacher.updates == added[0].updates == 12
+    assert torch.equal(elr.targets.rows, added[2].targets.rows)
+    assert equal(teacher.store.state_dict(), added[0].store.state_dict())
+    assert equal(weights(mixed), weights(plain))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_of_the_module_makes_callbacks_of_its_own(copied, plain_trainer):
+    model = Anchored()
+    plain_trainer(max_epochs=3).fit(model, rows())
+    other = copied(model)
+    plain_trainer().fit(other, rows())
+    (own,), (fresh,) = model.configure_callbacks(), other.configure_callbacks()
+    assert own is not fresh
+    assert own.engine.module is model
+    assert fresh.engine.module is other
+    assert (own.own_teacher.updates, fresh.own_teacher.updates) == (18, 6)
+
+
+def test_two_modules_of_a_class_have_callbacks_each(plain_trainer):
+    assert Anchored().configure_callbacks() != Anchored().configure_callbacks()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"dropout_schedule": {"until": "50%"}}], ids=["none", "no p"]
+)
+def test_a_dropout_mixin_without_a_rate_says_what_to_write(given, plain_trainer):
+    forgetful = type("Forgetful", (aux.DropoutScheduleMixin, Plain), given)
+    message = r"Forgetful: DropoutScheduleMixin needs a rate.*dropout_schedule = \{'p': 0\.1"
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        plain_trainer().fit(forgetful(), rows())
 
 
 def test_a_mixin_adds_to_the_trainers_callbacks(plain_trainer):

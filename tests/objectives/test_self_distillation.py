@@ -128,6 +128,90 @@ def test_only_correct_reads_the_target_where_the_taps_say(plain_trainer):
     fitted(plain_trainer, Checked(reference, only_correct=True, taps=taps))
 
 
+class Dense(Classifier):
+    """Logits ``(batch, classes, height, width)`` and a label for every pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = torch.stack([x * scale for scale in (1.0, 0.5, -1.0, 2.0, 0.3, -0.2)], 1)
+        return super().forward(pixels).transpose(1, 2).unflatten(2, (2, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), pixel_labels(y))
+
+
+def pixel_labels(y: Tensor) -> Tensor:
+    return (y[:, None] + torch.arange(6)).remainder(3).unflatten(1, (2, 3))
+
+
+def by_pixel(step: aux.Step) -> Tensor:
+    return pixel_labels(step.batch[1])
+
+
+@pytest.mark.parametrize("only_correct", [False, True])
+@pytest.mark.parametrize("divergence", REFERENCES)
+def test_dense_predictions_are_compared_pixel_by_pixel(divergence, only_correct, plain_trainer):
+    def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
+        total, count = step.logits.sum() * 0, 0
+        for image, taught, labels in zip(step.logits, teacher.logits, by_pixel(step), strict=True):
+            for row in range(2):
+                for column in range(3):
+                    p, q = image[:, row, column].softmax(0), taught[:, row, column].softmax(0)
+                    count += 1
+                    if not only_correct or q.argmax() == labels[row, column]:
+                        total = total + REFERENCES[divergence](p, q)
+        return total / count
+
+    taps = aux.Taps(target=by_pixel)
+    objective = Checked(
+        reference, divergence=divergence, only_correct=only_correct, dim=1, taps=taps
+    )
+    fitted(plain_trainer, objective, Dense(lr=0.3))
+
+
+class Square(Classifier):
+    """As many positions as the batch has samples: a comparison with ``(4,)`` would broadcast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([x] * 4, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0])[:, 0], batch[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (
+            Square,
+            {},
+            r"target has shape \(4,\), and logits of shape \(4, 4, 3\).*need \(4, 4\)\. Give",
+        ),
+        (
+            Dense,
+            {"taps": aux.Taps(target=by_pixel)},
+            r"\(4, 2, 3\), and .*\(4, 3, 2, 3\) with the classes in dim=-1 need \(4, 3, 2\)\. "
+            r"It would fit dim=1\.",
+        ),
+        (Classifier, {"dim": 2}, r"self_distillation: logits of shape \(4, 3\) have no .*dim=2"),
+        (
+            Classifier,
+            {"taps": aux.Taps(target=lambda p: F.one_hot(p.batch[1], 3))},
+            r"shape \(4, 3\), and logits of shape \(4, 3\) .* need \(4,\)\.",
+        ),
+    ],
+)
+def test_a_target_that_is_not_one_index_per_prediction_is_refused(
+    model, arguments, message, plain_trainer
+):
+    callbacks = [
+        aux.FrozenTeacher(),
+        aux.SelfDistillation("frozen", only_correct=True, **arguments),
+    ]
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        plain_trainer(callbacks=callbacks).fit(model(), rows())
+
+
 # ------------------------------------------------------------------------------------- features
 @pytest.mark.parametrize("divergence", ["mse", "cosine"])
 def test_on_a_path_it_is_the_distance_of_the_outputs_of_that_module(divergence, plain_trainer):
@@ -201,9 +285,10 @@ def test_convolutional_features_are_compared_example_by_example(plain_trainer):
         ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
         (
             {"on": "encoder", "divergence": "mse", "temperature": 2.0},
-            r"temperature and only_correct need on='logits', not 'encoder'",
+            r"temperature, only_correct and dim need on='logits', not 'encoder'",
         ),
-        ({"on": "encoder", "divergence": "mse", "only_correct": True}, "only_correct need on="),
+        ({"on": "encoder", "divergence": "mse", "only_correct": True}, "dim need on='logits'"),
+        ({"on": "encoder", "divergence": "mse", "dim": 1}, "dim need on='logits'"),
         ({"nonfinite": "?"}, r"self_distillation: nonfinite='\?' is unknown"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -161,7 +162,7 @@ class Buffered(Classifier):
         self.register_buffer("level", torch.zeros(2))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
-        self.register_buffer("replaced", torch.zeros(1), persistent=False)
+        self.register_buffer("replaced", torch.zeros(1))
         self.history: list[dict[str, Tensor]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -196,6 +197,158 @@ def test_buffers_are_copied_or_averaged_and_integers_always_copied(buffers, plai
         assert torch.allclose(held[name], expected, atol=1e-6)
     assert int(final["count"]) == 36  # the students' own are untouched
     assert float(final["level"][0]) == 12.0
+
+
+class Overwritten(Buffered):
+    """Its buffers are overwritten just before every step, as DDP does on all ranks but one.
+
+    It also keeps every set of buffers that a step begins with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun_with: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        self.level.copy_(torch.tensor([7.0, -1.0]) * step)
+        self.encoder[1].running_mean.add_(step)
+        self.count.fill_(100 + step)
+        self.begun_with.append({n: b.clone() for n, b in self.named_buffers()})
+
+
+def held(teacher: aux.EMATeacher) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in teacher.store.state_dict().items()}
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("start", [0, 2])
+def test_buffers_are_taken_when_the_next_step_begins(buffers, start, plain_trainer):
+    """There they are the same in all processes; after the optimizer step they are not yet."""
+    model, teacher = Overwritten(), aux.EMATeacher(decay=0.6, buffers=buffers, start=start)
+    initial = {name: value.clone() for name, value in model.named_buffers()}
+    probe = Blind(lambda step: teacher.store and held(teacher))
+    plain_trainer(max_epochs=2, callbacks=[teacher, probe]).fit(model, rows())
+    floating = ("level", "encoder.1.running_mean", "encoder.1.running_var")
+    average = {name: initial[name].double() for name in floating}
+    for step, (live, taught) in enumerate(zip(model.begun_with, probe.seen, strict=True)):
+        if step < start:
+            assert taught is None
+            continue
+        if step == start > 0:
+            average = {name: live[name].double() for name in floating}
+        elif step > start:
+            average = {n: 0.6 * average[n] + 0.4 * live[n].double() for n in floating}
+        if step == 0:
+            continue  # a teacher begins before the first step
+        assert torch.equal(taught["count"], live["count"])
+        for name in floating:
+            expected = live[name] if buffers == "copy" else average[name].float()
+            assert torch.allclose(taught[name], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_saving_a_checkpoint_changes_nothing(buffers, plain_trainer, tmp_path):
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "any.ckpt")
+
+    seen = []
+    for callbacks in ([], [Saving()]):
+        torch.manual_seed(4)
+        teacher = aux.EMATeacher(decay=0.6, buffers=buffers)
+        probe = Blind(lambda step: held(step._engine.teacher("ema", "test")))
+        trainer = plain_trainer(max_epochs=2, callbacks=[teacher, probe, *callbacks])
+        trainer.fit(Overwritten(), rows())
+        seen.append(probe.seen)
+    assert len(seen[0]) == 12
+    assert all(equal(*pair) for pair in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_has_the_buffers_of_an_uninterrupted_one(
+    buffers, every, plain_trainer, tmp_path
+):
+    """Saved after an update of the weights, before the buffers of the next step are there."""
+
+    def run(epochs: int, **arguments: Any) -> tuple[list[dict[str, Tensor]], Any]:
+        torch.manual_seed(4)
+        teacher = aux.EMATeacher(decay=0.6, buffers=buffers, every=every)
+        probe = Blind(lambda step: held(teacher))
+        trainer = plain_trainer(max_epochs=epochs, callbacks=[teacher, probe])
+        trainer.fit(Overwritten(), rows(), **arguments)
+        return probe.seen, trainer
+
+    whole, _ = run(2)
+    _, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    rest, _ = run(2, ckpt_path=tmp_path / "part.ckpt")
+    assert len(rest) == 6
+    assert all(equal(*pair) for pair in zip(whole[6:], rest, strict=True))
+
+
+class Changing(Classifier):
+    """Persistent buffers that grow, appear, turn into integers and go away during training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(2))
+        self.register_buffer("late", None)
+        self.register_buffer("typed", torch.zeros(1))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.seen_by_teacher: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor) -> Any:
+        step = self.trainer.global_step
+        if self.training:
+            self.cache = torch.full((2 + step,), float(step))
+            self.late = torch.tensor(step) if step in (2, 3) else None
+            self.typed = torch.full((1,), step, dtype=torch.int64 if step > 2 else torch.float32)
+            self.scratch = torch.full((1 + step,), float(step))
+        else:
+            self.seen_by_teacher.append(dict(self._buffers))
+            assert self.cache.shape == (2 + step,)  # as the student's forward has just made it
+        return super().forward(x)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["state_dict"]
+        self.late = own.get("late")
+        self.cache, self.typed = own["cache"].clone(), own["typed"].clone()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_buffers_that_change_shape_come_and_go_are_followed(
+    kind, buffers, every, plain_trainer, tmp_path
+):
+    def teacher() -> Any:
+        if kind == "frozen":
+            return aux.FrozenTeacher("ema")
+        return aux.EMATeacher(decay=0.5, buffers=buffers, every=every)
+
+    for stop in (2, 3, 4, 5):
+        one, model = teacher(), Changing()
+        probe = Blind(lambda step: step.teacher("ema").logits)
+        trainer = plain_trainer(max_epochs=stop, callbacks=[one, probe])
+        trainer.fit(model, rows(4))
+        if (kind, buffers, every) == ("ema", "copy", 1):
+            saved, live = one.state()["weights"], weights(model)
+            assert saved.keys() == live.keys()
+            assert equal(*({n: each[n] for n in live if "." not in n} for each in (saved, live)))
+        trainer.save_checkpoint(tmp_path / "part.ckpt")
+        resumed = plain_trainer(max_epochs=7, callbacks=[teacher(), probe])
+        resumed.fit(Changing(), rows(4), ckpt_path=tmp_path / "part.ckpt")
+        assert resumed.global_step == 7
+
+
+def test_buffers_that_the_module_never_saves_stay_the_live_ones(plain_trainer):
+    model, teacher = Changing(), aux.EMATeacher(decay=0.5)
+    probe = Blind(lambda step: step.teacher("ema").logits is not None and step.progress.steps)
+    plain_trainer(callbacks=[teacher, probe]).fit(model, rows())
+    assert [float(each["scratch"][0]) for each in model.seen_by_teacher] == [0, 1, 2, 3, 4, 5]
+    assert "scratch" not in teacher.state()["weights"]
 
 
 # ------------------------------------------------------------------------------------- precision

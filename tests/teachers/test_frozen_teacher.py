@@ -153,3 +153,16 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_runs(
         torch.save(saved(), path)
     with pytest.raises(aux.AuxiliaryError, match=message):
         plain_trainer(callbacks=[aux.FrozenTeacher(checkpoint=path)]).fit(Never(), rows(), rows())
+
+
+def test_the_file_is_read_once_in_each_fit(plain_trainer, tmp_path, monkeypatch):
+    path = tmp_path / "teacher.ckpt"
+    source = Classifier()
+    torch.save(source.state_dict(), path)
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kw: reads.append(args) or load(*args, **kw))
+    teacher = aux.FrozenTeacher(checkpoint=path)
+    for fits in (1, 2):
+        plain_trainer(max_steps=2, callbacks=[teacher]).fit(Classifier(), rows())
+        assert len(reads) == fits
+        assert equal(held(teacher), weights(source))

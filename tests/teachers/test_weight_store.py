@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_aux as aux
 from lightning_aux.teachers import WeightStore
@@ -231,14 +233,52 @@ def test_a_module_that_replaces_its_buffers_gets_its_new_ones_back():
     with store.in_place():
         assert module.running_mean is not fresh
     assert module.running_mean is fresh
-    store.copy_buffers()
+    store.update_buffers(0.0)
     assert torch.equal(store.state_dict()["running_mean"], fresh)
+    fresh.data = torch.full((5,), 6.0)  # grown where it is
+    store.update_buffers(0.0)
+    assert torch.equal(store.state_dict()["running_mean"], torch.full((5,), 6.0))
+
+
+def test_a_buffer_that_two_modules_share_is_exchanged_in_both_and_shared_again():
+    module = Tied()
+    store = WeightStore(module)
+    live = module.scale
+    live.add_(1)
+    with store.in_place():
+        assert module.scale is module.second.scale is store.state_dict()["scale"]
+        assert float(module.scale) == 1.0
+    assert module.scale is module.second.scale is live
+
+
+class Counting(TorchDispatchMode):
+    """The names of all tensor operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_is_one_operation_for_each_dtype_however_many_tensors():
+    module = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(20)))
+    store = WeightStore(module)
+    with torch.no_grad(), Counting() as weights_moved:
+        store.update(0.9)
+    assert weights_moved.names == ["_foreach_lerp_"]
+    with Counting() as buffers_moved:
+        store.update_buffers(0.9)
+    # Of the live buffers' floats and of their counters.
+    assert buffers_moved.names == ["_foreach_copy_", "_foreach_copy_"]
 
 
 def test_a_copy_of_the_callbacks_is_not_attached(plain_trainer):
     teacher = aux.EMATeacher(decay=0.5)
     plain_trainer(max_steps=1, callbacks=[teacher]).fit(Classifier(), rows())
-    copied = deepcopy(teacher)
-    assert copied.decay == 0.5
-    with pytest.raises(aux.AuxiliaryError, match="ema is not attached"):
-        _ = copied.engine
+    for copied in (deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
+        assert copied.decay == 0.5
+        with pytest.raises(aux.AuxiliaryError, match="ema is not attached"):
+            _ = copied.engine

@@ -118,7 +118,7 @@ def test_f68_config_has_one_entry_per_callback_with_every_init_argument(fit, tmp
     (run,) = finished(tmp_path)
 
     teacher, distillation, hints, anchor, early, dropout = added
-    assert run.config["callbacks"] == {
+    assert run.config["aux"] == {
         "ema": every_argument(teacher, decay=0.9, warmup=True),
         "self_distillation": every_argument(distillation, temperature=2.0, weight=WEIGHT),
         "hints": every_argument(hints, on="enc*r", divergence="mse", weight=0.25, name="hints"),
@@ -130,10 +130,10 @@ def test_f68_config_has_one_entry_per_callback_with_every_init_argument(fit, tmp
         "dropout_schedule": every_argument(dropout, p=0.3, until="50%", shape="linear"),
     }
     # Nothing a second time at the root, and the module's own are still there.
-    assert {key for key in run.config if not key.startswith("_")} == {"callbacks", "dropout", "lr"}
+    assert {key for key in run.config if not key.startswith("_")} == {"aux", "dropout", "lr"}
     assert run.config["dropout"] == 0.2
     assert run.config["lr"] == 0.05
-    written = [value for key, value in run.updates if key == "callbacks"]
+    written = [value for key, value in run.updates if key == "aux"]
     assert all(value == written[0] for value in written)
 
 
@@ -166,11 +166,11 @@ def test_f68_config_of_the_command_has_the_callbacks_once(monkeypatch, tmp_path)
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "fit.yaml")]) == 0
     (run,) = finished(tmp_path)
-    assert run.config["callbacks"] == {
+    assert run.config["aux"] == {
         "ema": every_argument(aux.EMATeacher(), decay=0.75),
         "ema_anchor": every_argument(aux.EMAAnchor(), teacher="ema", space="weight", weight=WEIGHT),
     }
-    assert {key for key in run.config if not key.startswith("_")} == {"callbacks"}
+    assert {key for key in run.config if not key.startswith("_")} == {"aux"}
 
 
 def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
@@ -222,7 +222,7 @@ def test_f69_resuming_drops_no_step_and_changes_no_config(one_run_object, fit, t
     for part in parts:
         own_steps = [row["_step"] for row in part.history]
         assert own_steps == sorted(set(own_steps))
-        assert part.config["callbacks"] == expected.config["callbacks"]
+        assert part.config["aux"] == expected.config["aux"]
 
 
 def test_f68_resuming_with_another_argument_updates_its_one_entry(fit, tmp_path):
@@ -232,8 +232,8 @@ def test_f68_resuming_with_another_argument_updates_its_one_entry(fit, tmp_path)
         fit(logger, [*attached(weight=0.5), Interrupted(STEPS_PER_EPOCH, checkpoint)])
     fit(logger, attached(weight=0.75), ckpt_path=checkpoint)
     (run,) = finished(tmp_path)
-    assert run.config["callbacks"]["self_distillation"]["weight"] == 0.75
-    assert len(run.config["callbacks"]) == len(attached()) + 1  # the anchor's own teacher
+    assert run.config["aux"]["self_distillation"]["weight"] == 0.75
+    assert len(run.config["aux"]) == len(attached()) + 1  # the anchor's own teacher
     weights = [row["aux/self_distillation/weight"] for row in run.aux_rows()]
     resumed = (EPOCHS - 1) * STEPS_PER_EPOCH
     assert weights == [0.5] * STEPS_PER_EPOCH + [0.75] * resumed
