@@ -105,7 +105,7 @@ class Teacher(Attached):
             # takes the live buffers of the next step.
             state["weights"] = self.store.state_dict(self._pending)
             state["buffers"] = self.store.buffers
-            state["pending"] = self._pending
+            state["pending"] = self._pending if self.store.buffers else None
         return state
 
 

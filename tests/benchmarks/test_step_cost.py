@@ -1,12 +1,12 @@
 """What attaching costs per training step, against the same term written by hand.
 
 ``make bench`` prints the ratios; nothing here passes or fails by a time. Both trainings run in one
-process, in turns, and the ratio is the median over the turns.
+process, in turns; the ratio is that of the median turns, and the spread that of the turns.
 """
 
 import copy
 import time
-from statistics import median
+from statistics import median, quantiles
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ import lightning_aux as aux
 from recipes.digits import DigitsData, ImageClassifier
 
 ROUNDS = 15
-STEPS = 160
+STEPS = 320
 WARM_UP = 16
 
 
@@ -101,18 +101,19 @@ def seconds_per_step(module_class, callbacks, folder):
 
 
 def ratio(ours, theirs, folder):
-    """Median over the rounds of ours / theirs, each pair run back to back."""
-    ratios = []
+    """Median of ours over median of theirs, and the quartiles of the ratios turn by turn."""
+    seconds = {ours: [], theirs: []}
     for turn in range(ROUNDS):
-        pair = (ours, theirs) if turn % 2 else (theirs, ours)
-        seconds = {each: seconds_per_step(each[0], each[1](), folder) for each in pair}
-        ratios.append(seconds[ours] / seconds[theirs])
-    return median(ratios), min(ratios), max(ratios)
+        for each in (ours, theirs) if turn % 2 else (theirs, ours):
+            seconds[each].append(seconds_per_step(each[0], each[1](), folder))
+    turns = [own / other for own, other in zip(seconds[ours], seconds[theirs], strict=True)]
+    low, _, high = quantiles(turns, n=4)
+    return median(seconds[ours]) / median(seconds[theirs]), low, high
 
 
 def report(what, result):
     middle, low, high = result
-    print(f"\n{what}: {middle:.3f} (median of {ROUNDS}; {low:.3f} to {high:.3f})")
+    print(f"\n{what}: {middle:.3f} ({ROUNDS} turns, quartiles {low:.3f} to {high:.3f})")
 
 
 def test_feature_term(tmp_path):

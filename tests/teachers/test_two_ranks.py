@@ -13,7 +13,7 @@ import torch
 from tests.engine.small_models import equal
 from tests.teachers import two_ranks
 
-pytestmark = pytest.mark.xdist_group("two_ranks")
+pytestmark = [pytest.mark.xdist_group("two_ranks"), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 LEFT_BY_A_TRAINER = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
