@@ -27,7 +27,7 @@ env: $(STAMP) ## Make the environment in VENV (.venv)
 
 .PHONY: demo
 demo: $(STAMP) ## Compare the objectives on MNIST-1D with 40 % label noise
-	$(BIN)/lightning-aux compare --config $(DEMO) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/lightning-aux compare --config $(DEMO) $(ARGS)
 
 .PHONY: test
 test: $(STAMP) ## Run the tests
