@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,7 +211,7 @@ class Running:
             if forward is None:
                 run = engine.model_call.again(state.record, asked_by)
             else:
-                run = lambda: forward(self._module, record.batch)  # noqa: E731
+                run = partial(forward, self._module, record.batch)
             before, self._capture.record = self._capture.record, record
             try:
                 with teacher.weights_in_place(), self._unobserved(state.loss.device):

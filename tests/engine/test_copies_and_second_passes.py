@@ -292,3 +292,42 @@ class Forgetful(aux.Objective):
 def test_a_subclass_that_forgets_super_is_told(plain_trainer):
     with pytest.raises(aux.AuxiliaryError, match=r"Forgetful.__init__ does not call super"):
         plain_trainer(callbacks=[Forgetful()]).fit(Classifier(), rows())
+
+
+class InParts(Classifier):
+    """Calls its parts one after the other instead of ``self(x)``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.classifier(self.encoder(x)), y)
+
+
+class Whole(InParts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.encoder(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+def run_in_parts(module: Any, batch: Any) -> Tensor:
+    return module.classifier(module.encoder(batch[0]))
+
+
+def test_a_model_that_is_called_in_parts_is_run_as_the_user_says(plain_trainer):
+    def trained(model: Classifier, *taps: Any) -> dict[str, Tensor]:
+        plain_trainer(callbacks=[*taps, *distilled()]).fit(model, rows())
+        return weights(model)
+
+    model = InParts()
+    whole = Whole()
+    whole.load_state_dict(model.state_dict())
+    taps = aux.Taps(logits="classifier", forward=run_in_parts)
+    assert equal(trained(model, taps), trained(whole))
+
+
+def test_how_the_model_runs_is_said_once_for_all_objectives():
+    taps = aux.Taps(logits="classifier", forward=run_in_parts)
+    with pytest.raises(aux.AuxiliaryError, match="Trainer's callbacks instead"):
+        aux.SelfDistillation(taps=taps)
