@@ -117,11 +117,7 @@ class Objective(Attached):
             )
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
-        assert engine.horizon is not None
-        try:
-            self._weight_at = self.weight.bind(engine.horizon)
-        except ValueError as error:
-            raise AuxiliaryError(f"{self.name}: weight={str(self.weight)!r}: {error}") from error
+        self._weight_at = engine.bind(self.weight, f"{self.name}: weight={str(self.weight)!r}")
         if "index" in self.needs:
             engine.indices.check(self.name)
         self._skipped = int((state or {}).get("skipped", 0))

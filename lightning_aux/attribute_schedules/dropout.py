@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
 from lightning_aux.engine.errors import near_matches
+from lightning_aux.engine.taps import plain_path
 from lightning_aux.mixin import AuxiliaryMixin
 from lightning_aux.schedule import Constant, Duration, Early, Late, Schedule, Steps
 
@@ -87,11 +88,7 @@ class DropoutSchedule(Attached):
         rank_zero_info(f"lightning_aux: {self.name} drives {', '.join(chosen)}")
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
-        assert engine.horizon is not None
-        try:
-            self._rate_at = self.schedule.bind(engine.horizon)
-        except ValueError as error:
-            raise AuxiliaryError(f"{self.name}: {error}") from error
+        self._rate_at = engine.bind(self.schedule, self.name)
         self._rate = None
 
     def before_step(self, now: Progress) -> None:
@@ -174,7 +171,7 @@ def _with_rate(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             continue
         attribute = _rate_attribute(module)
         if attribute is not None:
-            found[path.replace("_orig_mod.", "")] = (module, attribute)
+            found[plain_path(path)] = (module, attribute)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_aux.engine.attached import Attached
 from lightning_aux.engine.capture import Capture
 from lightning_aux.engine.clock import horizon_of
+from lightning_aux.engine.distributed import shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError, near_matches
 from lightning_aux.engine.heads import Heads
 from lightning_aux.engine.indices import Indices
@@ -30,7 +31,7 @@ from lightning_aux.engine.taps import Locations
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from lightning_aux.schedule import Horizon
+    from lightning_aux.schedule import Horizon, Schedule
 
 __all__ = ["Engine", "TeacherLike", "TermLike"]
 
@@ -184,8 +185,7 @@ class Engine:
                 self.members[name].head = head  # type: ignore[attr-defined]
         if not self.heads:
             return
-        strategy = self.trainer.strategy
-        if "FSDP" in type(strategy).__name__ or hasattr(strategy, "device_mesh"):
+        if shards_parameters(self.trainer.strategy):
             raise AuxiliaryError(
                 f"the heads of {', '.join(self.heads.names)} are not sharded yet: use a strategy "
                 f"that keeps whole parameters (single device, ddp)."
@@ -204,7 +204,6 @@ class Engine:
         if self._checked:
             return
         self._checked = True
-        self.heads.hide()
         self._check_signature()
         self.capture.add(self.locations.module_paths(), "Taps")
         for member in self.members.values():
@@ -252,6 +251,18 @@ class Engine:
         total = self.horizon.total if self.horizon is not None else None
         fraction = self.steps / total if total else None
         return Progress(self.steps, self.trainer.current_epoch, fraction)
+
+    def bind(self, schedule: Schedule, asked_by: str) -> Callable[[int], float]:
+        """``schedule`` as a function of the optimizer steps of this training.
+
+        Raises:
+            AuxiliaryError: a time in it needs a length that this training does not have.
+        """
+        assert self.horizon is not None, "known when training starts"
+        try:
+            return schedule.bind(self.horizon)
+        except ValueError as error:
+            raise AuxiliaryError(f"{asked_by}: {error}") from error
 
     def teacher_record(self, name: str, state: StepState, asked_by: str) -> Record:
         """The teacher's pass over this step's batch."""

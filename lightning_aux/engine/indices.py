@@ -121,9 +121,8 @@ class Indices:
         if not getattr(loader, "in_order", True):
             self._refusal = "the training DataLoader delivers batches out of order (in_order=False)"
             return
-        if isinstance(loader.__dict__.get("batch_sampler"), _Recording) or isinstance(
-            loader.__dict__.get("sampler"), _Recording
-        ):
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        if isinstance(getattr(loader, name), _Recording):
             return
         if getattr(loader, "_iterator", None) is not None:
             self._refusal = (
@@ -132,7 +131,6 @@ class Indices:
             return
         self._loader = loader
         # DataLoader refuses to set these after it is made; the instance dictionary does not.
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         patches.set(loader, name, _Recording(getattr(loader, name), self))
         get_iterator: Callable[[], Any] = loader._get_iterator
 

@@ -27,6 +27,7 @@ __all__ = [
     "is_glob",
     "key_path",
     "modules_at",
+    "plain_path",
 ]
 
 LOGITS_KEYS = ("logits", "prediction_logits", "preds", "y_hat", "output")
@@ -68,15 +69,14 @@ def is_glob(path: str) -> bool:
 def modules_at(root: nn.Module, path: str, asked_by: str) -> dict[str, nn.Module]:
     """The submodules of ``root`` that ``path`` (a module path or a glob) names.
 
-    A compiled submodule is reached by the path it has without compilation: the ``_orig_mod`` that
-    ``torch.compile`` puts in between is not part of any name here.
+    A compiled submodule is reached by the path it has without compilation.
 
     Raises:
         AuxiliaryError: no module has that path; the message lists near matches.
     """
     named: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
-        named.setdefault(name.replace("_orig_mod.", "").removesuffix("._orig_mod"), module)
+        named.setdefault(plain_path(name), module)
     named.pop("", None)
     if path in named:
         return {path: named[path]}
@@ -87,6 +87,11 @@ def modules_at(root: nn.Module, path: str, asked_by: str) -> dict[str, nn.Module
         f"{asked_by}: no module of {type(root).__name__} has the path {path!r}. "
         f"{near_matches(path, named)}"
     )
+
+
+def plain_path(name: str) -> str:
+    """A module's name without the ``_orig_mod`` that ``torch.compile`` puts in between."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def key_path(nested: Any, path: str, what: str) -> Any:

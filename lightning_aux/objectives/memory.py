@@ -51,6 +51,7 @@ class SampleMemory:
 
         def act() -> None:
             assert self.rows is not None
-            self.rows[gather_rows(index)] = gather_rows(values)
+            everywhere, rows = gather_rows(index, values)
+            self.rows[everywhere] = rows
 
         step.after_optimizer_step(act)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
+from lightning_aux.engine.distributed import sharded_parameters
 from lightning_aux.teachers.store import WeightStore
 
 __all__ = ["Teacher"]
@@ -41,7 +41,7 @@ class Teacher(Attached):
         engine.teach(self)
 
     def check(self, engine: Engine) -> None:
-        sharded = [name for name, each in engine.module.named_parameters() if _is_sharded(each)]
+        sharded = sharded_parameters(engine.module)
         if sharded:
             raise AuxiliaryError(
                 f"{self.name}: {', '.join(map(repr, sharded[:3]))}"
@@ -107,13 +107,3 @@ class Teacher(Attached):
             state["buffers"] = self.store.buffers
             state["pending"] = self._pending if self.store.buffers else None
         return state
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened"):
-        return True  # DeepSpeed ZeRO-3, FSDP1
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # not part of every build of torch
-
-    return isinstance(parameter, DTensor)

@@ -6,10 +6,6 @@ epoch to epoch; per-sample memories have to follow.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +17,12 @@ from tests.contract import two_processes
 from tests.contract.models import Classifier, EpochShuffle, Samples
 from tests.contract.training import TERMS, fit, identical, largest_difference, weights
 from tests.contract.two_processes import BATCH, EPOCHS, SAMPLES, SEED
+from tests.two_processes import run_script
 
 # One worker of pytest-xdist runs all of this file where groups are kept together (--dist
 # loadgroup); otherwise each of them starts its own two processes.
 pytestmark = pytest.mark.xdist_group("two_processes")
 
-ROOT = Path(__file__).parents[2]
 JOBS = two_processes.jobs()
 
 # The samples of one step are the same in one and in two processes; what a dropout drops is not.
@@ -38,29 +34,13 @@ COMPARABLE += [f"{entry} accumulated" for entry in TERMS]
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One start of two processes for all jobs: `ended(job, rank)` is what that rank wrote."""
     folder = tmp_path_factory.mktemp("two_processes")
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", two_processes.__file__, str(folder)],
-        env={**_plain_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    if finished.returncode:
-        pytest.fail(f"the two processes ended with an error:\n{finished.stderr[-4000:]}")
+    run_script(two_processes.__file__, folder, timeout=240)
 
     def read(job: str, rank: int) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(folder / f"{job}.{rank}.pt", weights_only=True)
         return found
 
     return read
-
-
-def _plain_environment() -> dict[str, str]:
-    """The environment without what an earlier Trainer in this process may have left in it."""
-    left = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in left}
 
 
 @pytest.mark.parametrize("job", COMPARABLE)

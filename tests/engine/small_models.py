@@ -80,6 +80,13 @@ class Blind(Probe):
     needs = ()
 
 
+class Shrink(aux.Objective):
+    """A term with a gradient of its own: the mean square of the logits."""
+
+    def loss(self, step: aux.Step) -> Tensor:
+        return step.logits.square().mean()
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -22,6 +22,7 @@ from tests.engine.small_models import (
     WIDTH,
     Blind,
     Classifier,
+    Shrink,
     largest_difference,
     rows,
     weights,
@@ -36,13 +37,6 @@ def _nothing_compiled_before() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-class Shrink(aux.Objective):
-    """A term on the logits."""
-
-    def loss(self, step: aux.Step) -> Tensor:
-        return step.logits.square().mean()
 
 
 class Calm(aux.Objective):

@@ -13,17 +13,11 @@ import lightning_aux as aux
 from tests.engine.small_models import (
     Blind,
     Classifier,
+    Shrink,
     largest_difference,
     rows,
     weights,
 )
-
-
-class Shrink(aux.Objective):
-    """A term with a gradient of its own: the mean square of the logits."""
-
-    def loss(self, step: aux.Step) -> Tensor:
-        return step.logits.square().mean()
 
 
 class TwoBackwards(Classifier):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_aux as aux
@@ -14,15 +13,11 @@ from tests.engine.small_models import (
     Blind,
     Classifier,
     Probe,
+    Shrink,
     largest_difference,
     rows,
     weights,
 )
-
-
-class Shrink(aux.Objective):
-    def loss(self, step: aux.Step) -> Tensor:
-        return step.logits.square().mean()
 
 
 class Picky(Classifier):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,28 +9,15 @@ import torch
 
 from tests.engine.small_models import equal
 from tests.teachers import two_ranks
+from tests.two_processes import run_script
 
 pytestmark = [pytest.mark.xdist_group("two_ranks"), pytest.mark.slow]
-
-ROOT = Path(__file__).parents[2]
-LEFT_BY_A_TRAINER = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two_ranks")
-    environment = {k: v for k, v in os.environ.items() if k not in LEFT_BY_A_TRAINER}
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", two_ranks.__file__, str(path)],
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if finished.returncode:
-        pytest.fail(f"the two processes ended with an error:\n{finished.stderr[-4000:]}")
+    run_script(two_ranks.__file__, path, timeout=120)
     return path
 
 
