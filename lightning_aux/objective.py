@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
@@ -10,7 +9,6 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, Step
-from lightning_aux.engine.finite import FiniteWatch
 from lightning_aux.schedule import Schedule
 from lightning_aux.taps import Taps
 
@@ -36,10 +34,15 @@ class Objective(Attached):
             ``step.input``; checked before training starts.
         nonfinite: what to do when the term is NaN or infinite: ``"raise"``, or ``"skip"``: leave
             the term out of this step and count it (``aux/<name>/skipped``). On a CUDA device
-            ``"raise"`` is noticed a step or a few later, because asking at once would wait for the
-            device in every step; ``"skip"`` has to wait.
+            ``"raise"`` is noticed up to 16 steps later, because asking at once would wait for the
+            device in every step; ``"skip"`` has to wait. All processes act alike, whichever of
+            them it happens on.
+        optimizer: with several optimizers (manual optimisation), the index of the one that the
+            term belongs to: the weight's schedule, what the objective remembers and its teacher
+            count that one's steps, and it trains the head.
         backward: in manual optimisation, which call of ``manual_backward`` in the step the term
-            joins, counted from 0.
+            joins, counted from 0. Default: the first call; with several optimizers the first while
+            the objective's optimizer is toggled (``self.toggle_optimizer``).
 
     Raises:
         AuxiliaryError: for whatever does not fit, before training where it can be known then.
@@ -62,14 +65,15 @@ class Objective(Attached):
         taps: Taps | None = None,
         reads: str | Iterable[str] = (),
         nonfinite: Literal["raise", "skip"] = "raise",
-        backward: int = 0,
+        optimizer: int = 0,
+        backward: int | None = None,
     ) -> None:
         super().__init__(name or _snake_case(type(self).__name__))
         if nonfinite not in ("raise", "skip"):
             raise AuxiliaryError(
                 f"{self.name}: nonfinite={nonfinite!r} is unknown. Choose 'raise' or 'skip'."
             )
-        if backward < 0:
+        if backward is not None and backward < 0:
             raise AuxiliaryError(
                 f"{self.name}: backward={backward} counts calls of manual_backward from 0."
             )
@@ -82,9 +86,9 @@ class Objective(Attached):
         self.locations = taps.locations if taps is not None else Locations()
         self.reads = (reads,) if isinstance(reads, str) else tuple(reads)
         self.nonfinite = nonfinite
+        self.optimizer = optimizer
         self.backward = backward
         self._weight_at: Callable[[int], float] | None = None
-        self._watch = FiniteWatch()
         self._skipped = 0
 
     def loss(self, step: Step) -> Tensor:
@@ -121,7 +125,6 @@ class Objective(Attached):
         if "index" in self.needs:
             engine.indices.check(self.name)
         self._skipped = int((state or {}).get("skipped", 0))
-        self._watch = FiniteWatch()
 
     def stop(self) -> None:
         self._weight_at = None
@@ -138,8 +141,12 @@ class Objective(Attached):
         assert self._weight_at is not None, "the schedule is bound when training starts"
         return self._weight_at(steps)
 
-    def term(self, step: Step) -> Tensor | None:
-        """`loss`, checked; ``None`` when a non-finite term is skipped."""
+    def skip(self) -> None:
+        """Count a step whose term is left out."""
+        self._skipped += 1
+
+    def term(self, step: Step) -> Tensor:
+        """`loss`, checked to be a scalar."""
         try:
             term = self.loss(step)
         except ValueError as error:  # a formula refuses its input, but does not know whose it is
@@ -150,20 +157,7 @@ class Objective(Attached):
                 f"{self.name}: loss(step) must return a scalar floating-point tensor, got {got}. "
                 f"Reduce it, for example with .mean()."
             )
-        term = term.reshape(())
-        if self.nonfinite == "skip":
-            if not math.isfinite(term.item()):
-                self._skipped += 1
-                return None
-            return term
-        self._watch.add(term, step.progress.steps)
-        for value, steps in self._watch.nonfinite():
-            raise AuxiliaryError(
-                f"{self.name}: the term is {value} after {steps} optimizer steps. Look at its "
-                f"inputs (learning rate, precision, empty or constant batches); nonfinite='skip' "
-                f"leaves such steps out and counts them."
-            )
-        return term
+        return term.reshape(())
 
 
 def _snake_case(name: str) -> str:

@@ -42,6 +42,7 @@ class DropoutSchedule(Attached):
             0 at ``start`` up to ``p`` at the end of training).
         modules: glob of module paths that are driven.
         name: unique name for logs and checkpoints.
+        optimizer: with several optimizers, the index of the one whose steps are counted.
 
     Raises:
         AuxiliaryError: a rate outside [0, 1], an unknown mode, a missing ``until`` or ``start``;
@@ -61,8 +62,10 @@ class DropoutSchedule(Attached):
         shape: Literal["constant", "linear"] = "constant",
         modules: str = "*",
         name: str = "dropout_schedule",
+        optimizer: int = 0,
     ) -> None:
         super().__init__(name)
+        self.optimizer = optimizer
         if not 0.0 <= p <= 1.0:
             raise AuxiliaryError(f"{name}: p={p} is not a rate. Give a number in [0, 1].")
         self.modules = modules

@@ -29,6 +29,9 @@ class Attached(Callback):
         name: unique among everything attached; used in logs, checkpoints and messages.
     """
 
+    optimizer: int = 0
+    """Index of the optimizer whose steps this one counts (several in manual optimisation)."""
+
     _arguments: dict[str, Any]
     _engine: Engine | None = None
 
@@ -128,8 +131,9 @@ class Attached(Callback):
     def build_head(self, module: nn.Module) -> nn.Module | None:
         """Trainable parameters of this member, made once the user's model is complete.
 
-        They train with the user's optimizer (first parameter group), are synchronised by the
-        strategy, saved in our part of the checkpoint, and are ``self.head`` from then on.
+        They train with the user's optimizer (its first parameter group; with several optimizers
+        the one that ``optimizer`` names), are synchronised or sharded by the strategy, saved in our
+        part of the checkpoint, and are ``self.head`` from then on.
         """
         return None
 
@@ -143,7 +147,7 @@ class Attached(Callback):
         """Called before the user's ``training_step`` of every micro-batch."""
 
     def after_optimizer_step(self, now: Progress) -> None:
-        """Called after every real optimizer step."""
+        """Called after every real step of its optimizer."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: tensors and plain values only."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from zlib import crc32
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lightning_aux.engine.attached import Attached
 from lightning_aux.engine.capture import Capture
 from lightning_aux.engine.clock import horizon_of
-from lightning_aux.engine.distributed import shards_parameters
+from lightning_aux.engine.distributed import check_strategy
 from lightning_aux.engine.errors import AuxiliaryError, near_matches
 from lightning_aux.engine.heads import Heads
 from lightning_aux.engine.indices import Indices
@@ -44,11 +45,14 @@ class TermLike(Protocol):
 
     observes: ClassVar[bool]
     name: str
-    backward: int
+    optimizer: int
+    backward: int | None
+    nonfinite: Literal["raise", "skip"]
     locations: Locations
 
     def weight_at(self, steps: int) -> float: ...
-    def term(self, step: Step) -> Tensor | None: ...
+    def term(self, step: Step) -> Tensor: ...
+    def skip(self) -> None: ...
 
 
 class TeacherLike(Protocol):
@@ -56,6 +60,7 @@ class TeacherLike(Protocol):
 
     name: str
 
+    def serve(self, optimizer: int, asked_by: str) -> None: ...
     def weights_in_place(self) -> AbstractContextManager[None]: ...
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]: ...
 
@@ -73,7 +78,7 @@ class Engine:
         self.indices = Indices()
         self.model_call = ModelCall(module, self.capture)
         self.horizon: Horizon | None = None
-        self.steps = 0
+        self.clocks = [0]
         self.objectives: list[TermLike] = []
         self._teachers: dict[str, TeacherLike] = {}
         self._patches = Patches()
@@ -127,6 +132,7 @@ class Engine:
         self.members[member.name] = member
         # Sorted, so that sums of terms and updates do not depend on the order of callbacks.
         self.members = dict(sorted(self.members.items()))
+        check_strategy(self.trainer.strategy, member.name)
         member._engine = self
         for companion in member.companions():
             self.add(companion)
@@ -177,26 +183,27 @@ class Engine:
 
     def _build_heads(self) -> None:
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=cuda):  # the user's random stream goes on without us
-            built = {name: each.build_head(self.module) for name, each in self.members.items()}
+        built = {}
+        for name, member in self.members.items():
+            # From the run's seed and the name alone: the user's random stream goes on without us,
+            # and the head begins the same under every strategy and beside any other.
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed((torch.initial_seed() + crc32(name.encode())) % 2**63)
+                built[name] = member.build_head(self.module)
         for name, head in built.items():
             if head is not None:
-                self.heads.add(name, head)
+                self.heads.add(name, head, self.members[name].optimizer)
                 self.members[name].head = head  # type: ignore[attr-defined]
         if not self.heads:
             return
-        if shards_parameters(self.trainer.strategy):
-            raise AuxiliaryError(
-                f"the heads of {', '.join(self.heads.names)} are not sharded yet: use a strategy "
-                f"that keeps whole parameters (single device, ddp)."
-            )
         for callback in self.trainer.callbacks:
             if any(base.__name__ == "BaseFinetuning" for base in type(callback).__mro__):
                 raise AuxiliaryError(
                     f"{type(callback).__name__} keeps a list of the module's own parameters and "
                     f"cannot work with the heads of {', '.join(self.heads.names)}. Leave one out."
                 )
-        self.heads.join_on_configure(self.module, self._patches)
+        self.heads.shard(self.trainer.strategy)
+        self.heads.join_on_configure(self.module, self.trainer.strategy, self._patches)
 
     # ------------------------------------------------------------------------- start of training
     def check(self) -> None:
@@ -205,6 +212,7 @@ class Engine:
             return
         self._checked = True
         self._check_signature()
+        self._check_optimizers()
         self.capture.add(self.locations.module_paths(), "Taps")
         for member in self.members.values():
             member.check(self)
@@ -217,15 +225,25 @@ class Engine:
                 f"batch, batch_idx)."
             )
 
+    def _check_optimizers(self) -> None:
+        count = max(1, len(self.trainer.optimizers))
+        for member in self.members.values():
+            if not 0 <= member.optimizer < count:
+                raise AuxiliaryError(
+                    f"{member.name}: optimizer={member.optimizer} does not exist: "
+                    f"{type(self.module).__name__}.configure_optimizers returned {count}, counted "
+                    f"from 0."
+                )
+
     def start(self) -> None:
         """Wrap the module and start every member; training is about to begin."""
         if self._started:
             return
         self._started = True
         saved = self._restored or {}
-        # Lightning counts the steps of all optimizers, the engine those of the first.
-        taken = self.trainer.global_step // max(1, len(self.trainer.optimizers))
-        self.steps = int(saved.get("steps", taken))
+        # Lightning counts the steps of all optimizers together, the engine those of each.
+        count = max(1, len(self.trainer.optimizers))
+        self.clocks = list(saved.get("steps", [self.trainer.global_step // count] * count))
         self.horizon = horizon_of(self.trainer, self.module.automatic_optimization)
         self.indices.settle(self.trainer)
         states = saved.get("members", {})
@@ -246,11 +264,12 @@ class Engine:
         log_hyperparameters(self.trainer, self.module, self.members)
 
     # --------------------------------------------------------------------------- during training
-    def progress(self) -> Progress:
-        """Where training stands now."""
+    def progress(self, optimizer: int = 0) -> Progress:
+        """Where training stands now, by the steps of one of its optimizers."""
         total = self.horizon.total if self.horizon is not None else None
-        fraction = self.steps / total if total else None
-        return Progress(self.steps, self.trainer.current_epoch, fraction)
+        steps = self.clocks[optimizer]
+        fraction = steps / total if total else None
+        return Progress(steps, self.trainer.current_epoch, fraction)
 
     def bind(self, schedule: Schedule, asked_by: str) -> Callable[[int], float]:
         """``schedule`` as a function of the optimizer steps of this training.
@@ -269,27 +288,33 @@ class Engine:
         assert self._running is not None
         return self._running.teacher_record(name, state, asked_by)
 
+    def second_record(
+        self, state: StepState, asked_by: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Record:
+        """A second pass of this step with the student's weights."""
+        assert self._running is not None
+        return self._running.second_record(state, asked_by, arguments, keywords)
+
     # ------------------------------------------------------------------------------- checkpoints
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write our one entry into the checkpoint; the rest of it stays the user's."""
         # Before training has started (a failing sanity check) there is only what was loaded.
-        entry = self._entry() if self._started else self._restored
-        if STATE_KEY in checkpoint or not entry:
+        if STATE_KEY in checkpoint:
             return
-        if "heads" in entry and checkpoint.get("optimizer_states"):
-            taken = self.heads.take_from(checkpoint["optimizer_states"])
-            entry = {**entry, "heads": {**entry["heads"], **taken}}
-        checkpoint[STATE_KEY] = entry
+        with_optimizer = "optimizer_states" in checkpoint
+        entry = self._entry(with_optimizer) if self._started else self._restored
+        if entry:
+            checkpoint[STATE_KEY] = entry
 
-    def _entry(self) -> dict[str, Any]:
+    def _entry(self, with_optimizer: bool = False) -> dict[str, Any]:
         members = {name: member.state() for name, member in self.members.items()}
-        entry: dict[str, Any] = {"steps": self.steps, "members": members}
+        entry: dict[str, Any] = {"steps": self.clocks.copy(), "members": members}
         if self.heads:
-            entry["heads"] = self.heads.state()
+            entry["heads"] = self.heads.state(with_optimizer)
         return entry
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Keep our entry for `start`, and give the optimizer its heads back."""
+        """Keep our entry for `start`."""
         if self._loaded or self._started:
             return
         self._loaded = True
@@ -299,9 +324,6 @@ class Engine:
                 "lightning_aux: the checkpoint was written without these callbacks; they start "
                 "fresh from the loaded weights."
             )
-        if self.heads and checkpoint.get("optimizer_states"):
-            saved = (self._restored or {}).get("heads")
-            self.heads.restore(checkpoint["optimizer_states"], saved)
 
     # --------------------------------------------------------------------------------- detaching
     def detach(self) -> None:
@@ -317,4 +339,5 @@ class Engine:
                 self._running.stop()
             self.capture.clear()
             self.heads.hide()
+            self.heads.leave()
             self._patches.undo()

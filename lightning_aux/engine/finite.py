@@ -1,44 +1,105 @@
-"""Noticing NaN and infinite terms without waiting for the device."""
+"""Terms that are not finite, or fail: noticed on every process, without waiting for the device."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FiniteWatch"]
+from lightning_aux.engine.distributed import processes
+
+__all__ = ["LAG", "Trouble", "Verdicts"]
+
+LAG = 16
+"""After at most this many further steps a value that was computed on a GPU is looked at."""
+
+FINE, NONFINITE, FAILED = 0, 1, 2
 
 
-class FiniteWatch:
-    """Values on their way from the device to the host, read when they have arrived.
+@dataclass(frozen=True)
+class Trouble:
+    """One term of one step that is not to be used.
 
-    Asking a CUDA tensor for its value in every step would make the host wait for the device. Here
-    the value is copied in the background and read one or a few steps later.
+    Attributes:
+        name: of the objective.
+        steps: optimizer steps taken before.
+        rank: the process where it happened; the highest, if there are several.
+        value: the term, if it was computed on this process.
+        failed: whether computing it raised an error there.
+    """
+
+    name: str
+    steps: int
+    rank: int
+    value: float | None
+    failed: bool
+
+
+class Verdicts:
+    """What all processes together think of each step's terms.
+
+    A term that is NaN on one process only would end training there and leave the others waiting for
+    its gradients. Here each process tells the others, with one small collective, so that all of
+    them act on the same step. Values on a CUDA device travel to the host in the background: asking
+    at once would make the host wait for the device in every step.
     """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, int]] = deque()
+        self._together = processes() > 1
+        self._rank = dist.get_rank() if self._together else 0
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, list[str], int]] = deque()
 
-    def add(self, value: Tensor, steps: int) -> None:
-        """Watch a scalar that was computed after ``steps`` optimizer steps."""
-        if value.device.type != "cuda":
-            self._pending.append((value.detach(), None, steps))
-            return
-        host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        host.copy_(value.detach(), non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._pending.append((host, event, steps))
+    def add(self, terms: dict[str, Tensor | None], steps: int, device: torch.device) -> None:
+        """Judge the terms of a step; ``None`` stands for one whose computation failed.
 
-    def nonfinite(self) -> Iterator[tuple[float, int]]:
-        """The values that have arrived and are not finite, each with its number of steps."""
+        Every process has to bring the same names in the same order.
+        """
+        each = [
+            torch.full((), math.nan, device=device) if term is None else term.detach().to(device)
+            for term in terms.values()
+        ]
+        values = torch.stack([term.to(torch.float32) for term in each])
+        codes = torch.stack([term.isfinite() for term in each]).logical_not() * float(NONFINITE)
+        for place, term in enumerate(terms.values()):
+            if term is None:
+                codes[place] = FAILED
+        if self._together:
+            codes = torch.where(codes > 0, codes + 4 * self._rank, codes)
+            dist.all_reduce(codes, op=dist.ReduceOp.MAX)
+        judged = torch.stack([codes, values])
+        event = None
+        if device.type == "cuda":
+            host = torch.empty(judged.shape, dtype=judged.dtype, pin_memory=True)
+            judged = host.copy_(judged, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._pending.append((judged, event, list(terms), steps))
+
+    def arrived(self, wait: bool = False) -> Iterator[Trouble]:
+        """The troubles of the steps whose values are on the host.
+
+        Args:
+            wait: for the device, so that the latest step is among them.
+        """
         while self._pending:
-            host, event, steps = self._pending[0]
-            if event is not None and not event.query():  # type: ignore[no-untyped-call]
-                return
+            judged, event, names, steps = self._pending[0]
+            if event is not None and not wait:
+                # Several processes have to look at a step at the same time, whatever the state of
+                # their devices; a single one may look as soon as the values are there.
+                due = len(self._pending) > LAG
+                if not due and (self._together or not event.query()):  # type: ignore[no-untyped-call]
+                    return
+            if event is not None:
+                event.synchronize()
             self._pending.popleft()
-            if not math.isfinite(host.item()):
-                yield host.item(), steps
+            codes, values = judged.tolist()
+            for name, code, value in zip(names, codes, values, strict=True):
+                if code != FINE:
+                    rank, kind = divmod(int(code), 4)
+                    own = rank == self._rank
+                    yield Trouble(name, steps, rank, value if own else None, kind == FAILED)

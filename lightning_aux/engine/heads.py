@@ -3,12 +3,15 @@
 A head is part of the module only while the strategy wraps it, so that the strategy moves, casts
 and synchronises it like the rest. Afterwards the module is the user's again: ``state_dict``,
 ``named_parameters`` and checkpoints never show a head. Its parameters stand at the end of the
-first parameter group of the user's optimizer and so follow every scheduler, clipping and scaler.
+first parameter group of the user's optimizer and so follow every scheduler, clipping and scaler;
+while optimizer states are saved or loaded they step aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -16,12 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_aux.engine.distributed import shard, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.patches import Patches
+from lightning_aux.functional.shards import gathered, is_sharded, like, local, part_of
 
 __all__ = ["Heads"]
 
 ATTRIBUTE = "_lightning_aux_heads"
+# What of a strategy reads or writes the states of optimizers.
+_STATES = ("optimizer_state", "load_optimizer_state_dict", "load_checkpoint")
 
 
 class Heads:
@@ -34,9 +41,10 @@ class Heads:
         self._heads.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             _fill_in_current_values
         )
-        self._optimizer: Optimizer | None = None
-        self._joined: list[nn.Parameter] = []
-        self._waiting: tuple[list[dict[str, Any]], dict[str, Any] | None] | None = None
+        self._places: dict[str, int] = {}  # which optimizer trains the head
+        self._trained: dict[str, list[nn.Parameter]] = {}
+        self._optimizers: list[Optimizer] = []
+        self._left: list[dict[Tensor, Any]] | None = None  # states, once out of the optimizers
 
     def __bool__(self) -> bool:
         return len(self._heads) > 0
@@ -46,133 +54,200 @@ class Heads:
         """The objectives that have a head."""
         return sorted(self._heads)
 
-    def add(self, name: str, head: nn.Module) -> None:
-        """Give the module a head for the time until its optimizers are configured."""
+    def add(self, name: str, head: nn.Module, optimizer: int) -> None:
+        """Give the module a head for the time until its optimizers are configured.
+
+        Args:
+            name: whose head it is.
+            head: the trainable parameters.
+            optimizer: index of the optimizer that trains it.
+        """
         if ATTRIBUTE not in self._module._modules:
             self._module.add_module(ATTRIBUTE, self._heads)
         self._heads[name] = head
+        self._places[name] = optimizer
+
+    def shard(self, strategy: Any) -> None:
+        """Shard every head where the strategy has the model sharded."""
+        if shards_parameters(strategy):
+            for name, head in self._heads.items():
+                shard(head, strategy, name)
 
     def hide(self) -> None:
         """Take the heads out of the module."""
         self._module._modules.pop(ATTRIBUTE, None)
 
-    def zero_term(self) -> Tensor | float:
-        """A zero that depends on every head parameter.
+    def zero_term(self, names: Collection[str]) -> Tensor | float:
+        """A zero that depends on every parameter of the heads of ``names``.
 
         DDP waits for a gradient of each parameter; a head whose objective is silent in this step
         gives it one of exactly zero.
         """
-        if not self._joined:
+        parameters = [each for name in self.names if name in names for each in self._trained[name]]
+        if not parameters:
             return 0.0
-        return torch.stack([parameter.flatten()[0] for parameter in self._joined]).sum() * 0.0
+        # Of a sharded parameter this process may hold no element at all.
+        parts = [each.to_local() if is_sharded(each) else each for each in parameters]
+        return torch.cat([part.flatten()[:1] for part in parts]).sum() * 0.0
 
     # --------------------------------------------------------------------- the user's optimizer
-    def join_on_configure(self, module: Any, patches: Patches) -> None:
+    def join_on_configure(self, module: Any, strategy: Any, patches: Patches) -> None:
         """Wrap ``configure_optimizers``: the user sees their own parameters, then heads join."""
         configure: Callable[..., Any] = module.configure_optimizers
 
         def configure_optimizers(*args: Any, **kwargs: Any) -> Any:
             self.hide()
             configured = configure(*args, **kwargs)
-            optimizer = _first_optimizer(configured)
-            if optimizer is None:
-                raise AuxiliaryError(
-                    f"{type(module).__name__}.configure_optimizers returned no optimizer, but "
-                    f"{', '.join(self.names)} has a head to train. Return an optimizer."
-                )
-            self._join(optimizer)
+            self._join(_optimizers(configured), type(module).__name__)
             return configured
 
         patches.wrap(module, "configure_optimizers", configure_optimizers)
+        for name in _STATES:
+            patches.wrap(strategy, name, self._aside_during(getattr(strategy, name)))
 
-    def _join(self, optimizer: Optimizer) -> None:
+    def _join(self, optimizers: list[Optimizer], module: str) -> None:
+        for name, place in self._places.items():
+            if place >= len(optimizers):
+                raise AuxiliaryError(
+                    f"{module}.configure_optimizers returned {len(optimizers) or 'no'} "
+                    f"optimizer(s), but the head of {name} is to be trained by number {place} "
+                    f"(counted from 0). Return an optimizer for it, or set optimizer=...."
+                )
         # Noted once: toggle_optimizer switches requires_grad on and off during training.
-        parameters = self._joined = [
-            parameter
+        self._trained = {
+            name: [each for each in self._heads[name].parameters() if each.requires_grad]
             for name in self.names
-            for parameter in self._heads[name].parameters()
-            if parameter.requires_grad
-        ]
-        # Some optimizers (Adagrad) make their state when they are built: a sibling makes it.
-        if optimizer.state:
-            sibling = type(optimizer)(parameters, **optimizer.defaults)
-            optimizer.state.update(sibling.state)
-        optimizer.param_groups[0]["params"].extend(parameters)
-        self._optimizer = optimizer
-        if self._waiting is not None:
-            self._give_to(*self._waiting)
-            self._waiting = None
+        }
+        self._optimizers, self._left = optimizers, None
+        for optimizer, parameters in self._joined():
+            # Some optimizers (Adagrad) make their state when they are built: a sibling makes it.
+            if optimizer.state:
+                sibling = type(optimizer)(parameters, **optimizer.defaults)
+                optimizer.state.update(sibling.state)
+            optimizer.param_groups[0]["params"].extend(parameters)
+
+    def _joined(self) -> list[tuple[Optimizer, list[nn.Parameter]]]:
+        """Each optimizer that trains heads, and their parameters, in the order of names."""
+        parameters: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
+        for name, trained in self._trained.items():
+            parameters[self._places[name]] += trained
+        return [(self._optimizers[place], each) for place, each in sorted(parameters.items())]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The user's optimizers as they are without heads, for the time of a ``with`` block."""
+        if self._left is not None:
+            yield
+            return
+        self.leave()
+        try:
+            yield
+        finally:
+            self._return()
+
+    def _aside_during(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called_without_heads(*args: Any, **kwargs: Any) -> Any:
+            with self.aside():
+                return function(*args, **kwargs)
+
+        return called_without_heads
+
+    def leave(self) -> None:
+        """Take the heads out of the optimizers; what these remember of them is kept here."""
+        if self._left is not None:
+            return
+        self._left = []
+        for optimizer, parameters in self._joined():
+            ours = set(map(id, parameters))
+            group = optimizer.param_groups[0]["params"]
+            group[:] = [each for each in group if id(each) not in ours]
+            state = optimizer.state
+            self._left.append({each: state.pop(each) for each in parameters if each in state})
+
+    def _return(self) -> None:
+        assert self._left is not None
+        for (optimizer, parameters), states in zip(self._joined(), self._left, strict=True):
+            optimizer.param_groups[0]["params"].extend(parameters)
+            optimizer.state.update(states)
+        self._left = None
 
     # ------------------------------------------------------------------------------ checkpoints
-    def take_from(self, optimizer_states: list[dict[str, Any]]) -> dict[str, Any]:
-        """Remove the heads from saved optimizer states and return what was removed.
+    def state(self, with_optimizer: bool) -> dict[str, Any]:
+        """The weights of the heads and, on request, what the optimizers remember of them.
 
-        The states that stay are those of an optimizer that has never seen a head.
+        Sharded tensors are gathered: all processes have to call this together.
         """
-        first, count = self._span()
-        state = optimizer_states[0]
-        groups = [copy(group) for group in state["param_groups"]]
-        groups[0]["params"] = groups[0]["params"][:first]
-        last = first + count
-        entries = state["state"]
-        taken = {index - first: entries[index] for index in range(first, last) if index in entries}
-        kept = {index: entry for index, entry in entries.items() if index < first}
-        kept |= {index - count: entry for index, entry in entries.items() if index >= last}
-        for group in groups[1:]:
-            group["params"] = [index - count for index in group["params"]]
-        optimizer_states[0] = {**state, "state": kept, "param_groups": groups}
-        return {"optimizer": taken}
-
-    def state(self) -> dict[str, Any]:
-        """The weights of the heads."""
-        return {"weights": self._heads.state_dict()}
-
-    def restore(self, optimizer_states: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
-        """Put the heads back into saved optimizer states (without moments if none were saved).
-
-        Lightning reads most checkpoints before there is an optimizer and its states after; the
-        heads are put back in between, as soon as their place in the optimizer is known.
-        """
-        if self._optimizer is None:
-            self._waiting = optimizer_states, saved
-        else:
-            self._give_to(optimizer_states, saved)
-
-    def _give_to(
-        self, optimizer_states: list[dict[str, Any]], saved: dict[str, Any] | None
-    ) -> None:
-        first, count = self._span()
-        state = optimizer_states[0]
-        if len(state["param_groups"][0]["params"]) != first:
-            return  # not the states of this optimizer: its own loading gives the better message
-        groups = [copy(group) for group in state["param_groups"]]
-        groups[0]["params"] = [*range(first), *range(first, first + count)]
-        entries = {index: entry for index, entry in state["state"].items() if index < first}
-        later = {index: entry for index, entry in state["state"].items() if index >= first}
-        entries |= {index + count: entry for index, entry in later.items()}
-        if saved is not None:
-            entries |= {index + first: entry for index, entry in saved.get("optimizer", {}).items()}
-        for group in groups[1:]:
-            group["params"] = [index + count for index in group["params"]]
-        optimizer_states[0] = {**state, "state": entries, "param_groups": groups}
+        weights = {name: _saved(value) for name, value in self._heads.state_dict().items()}
+        if not with_optimizer:
+            return {"weights": weights}
+        with self.aside():
+            assert self._left is not None
+            states = [
+                states.get(parameter)
+                for (_, parameters), states in zip(self._joined(), self._left, strict=True)
+                for parameter in parameters
+            ]
+        moments = {
+            index: {key: _saved(value) for key, value in state.items()}
+            for index, state in enumerate(states)
+            if state is not None
+        }
+        return {"weights": weights, "optimizer": moments}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore the weights of the heads.
+        """Restore the weights of the heads and what the optimizers remember of them.
 
         Raises:
             AuxiliaryError: the heads have changed since the checkpoint was written.
         """
+        weights, current = saved["weights"], self._heads.state_dict()
         try:
-            self._heads.load_state_dict(saved["weights"])
+            fitting = {
+                name: _placed_like(current[name], value) if name in current else value
+                for name, value in weights.items()
+            }
+            self._heads.load_state_dict(fitting)
         except RuntimeError as error:
             raise AuxiliaryError(
                 f"the heads in the checkpoint are not those of this run: {error}"
             ) from error
+        first = 0
+        for optimizer, parameters in self._joined():
+            states = saved.get("optimizer", {})
+            here = {place: states.get(first + place) for place in range(len(parameters))}
+            _load_states(optimizer, parameters, {p: s for p, s in here.items() if s is not None})
+            first += len(parameters)
 
-    def _span(self) -> tuple[int, int]:
-        count = len(self._joined)
-        assert self._optimizer is not None
-        return len(self._optimizer.param_groups[0]["params"]) - count, count
+
+def _load_states(
+    optimizer: Optimizer, parameters: list[nn.Parameter], states: dict[int, dict[str, Any]]
+) -> None:
+    """Give ``optimizer`` saved states of some of its parameters, cast as it casts its own."""
+    if not states:
+        return
+    alone = copy(optimizer)  # torch copies no hooks, and takes lists and states over by reference
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    alone.state = defaultdict(dict)
+    alone.param_groups = [{**group, "params": parameters}]
+    placed = {
+        place: {key: _placed_like(parameters[place], value) for key, value in state.items()}
+        for place, state in states.items()
+    }
+    numbered = {**group, "params": list(range(len(parameters)))}
+    alone.load_state_dict({"state": placed, "param_groups": [numbered]})
+    optimizer.state.update(alone.state)
+
+
+def _saved(value: Any) -> Any:
+    """Sharded tensors whole and on the CPU, everything else as it is."""
+    return gathered(value).cpu() if isinstance(value, Tensor) and is_sharded(value) else value
+
+
+def _placed_like(tensor: Tensor, value: Any) -> Any:
+    """``value``, sharded like ``tensor`` where that is sharded and of the same shape."""
+    if not isinstance(value, Tensor) or not is_sharded(tensor) or value.shape != tensor.shape:
+        return value
+    return like(part_of(value, tensor).to(local(tensor).device), tensor)
 
 
 def _fill_in_current_values(
@@ -182,12 +257,12 @@ def _fill_in_current_values(
         state_dict.setdefault(prefix + name, value)
 
 
-def _first_optimizer(configured: Any) -> Optimizer | None:
-    """The first optimizer in whatever ``configure_optimizers`` may return."""
+def _optimizers(configured: Any) -> list[Optimizer]:
+    """The optimizers in whatever ``configure_optimizers`` may return, in Lightning's order."""
     if isinstance(configured, Optimizer):
-        return configured
+        return [configured]
     if isinstance(configured, dict):
-        return _first_optimizer(configured.get("optimizer"))
+        return _optimizers(configured.get("optimizer"))
     if isinstance(configured, list | tuple):
-        return next((found for each in configured if (found := _first_optimizer(each))), None)
-    return None
+        return [found for each in configured for found in _optimizers(each)]
+    return []

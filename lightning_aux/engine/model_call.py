@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_aux.engine.capture import Capture
+from lightning_aux.engine.distributed import is_fully_sharded
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 
@@ -93,21 +95,40 @@ class ModelCall:
         """How often the step made this call."""
         return len(record.calls.get(self._path or "", ()))
 
-    def again(self, record: Record, asked_by: str) -> Callable[[], Any]:
+    def again(
+        self,
+        record: Record,
+        asked_by: str,
+        arguments: tuple[Any, ...] = (),
+        keywords: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Callable[[], Any]:
         """A function that makes the model's call of this record once more.
+
+        Args:
+            record: where the model was called.
+            asked_by: begins the message of an error.
+            arguments: with these and ``keywords`` instead, if there are any.
+            keywords: likewise.
 
         Raises:
             AuxiliaryError: there is none, or the model has overwritten its input.
         """
         call = self.of(record, asked_by)
-        if call.overwritten:
+        same = not arguments and not keywords
+        if same:
+            arguments, keywords = call.arguments, call.keywords
+        if same and call.overwritten:
             raise AuxiliaryError(
-                f"{asked_by}: {self.where} writes into its own input, so a teacher cannot see the "
-                f"batch that the model saw. Begin it with x = x.clone(), or use operations that "
+                f"{asked_by}: {self.where} writes into its own input, so a second pass cannot see "
+                f"what the model saw. Begin it with x = x.clone(), or use operations that "
                 f"are not in place."
             )
-        model = self._module.get_submodule(self._path) if self._path else self._module.forward
-        return lambda: model(*call.arguments, **call.keywords)
+        model: Any = self._module.forward  # past its hooks, which have nothing to do with a teacher
+        if self._path:
+            model = self._module.get_submodule(self._path)
+        elif is_fully_sharded(self._module):  # whose hooks gather its parameters
+            model = self._module
+        return lambda: model(*arguments, **keywords)
 
 
 def _depends_on_graph(call: Call | None) -> bool:

@@ -19,12 +19,11 @@ _COUNTERS = ("_update_count", "_computed", "_forward_cache")
 
 
 class Unobserved:
-    """A context for a second pass: evaluation mode, no gradient, and nothing of it is kept.
+    """Contexts for a second pass of a step through the model, of which nothing is kept.
 
-    The random stream is put back, ``self.log`` is silent, and metrics that the model updates in its
-    ``forward`` are as they were. Autocast stays as it is but for its cache: that is keyed by
-    parameter, so a cast of the student's weights made earlier in the step would be taken for the
-    teacher's. Forward hooks of the user's own fire a second time.
+    The random stream is put back, ``self.log`` is silent, metrics that the model updates in its
+    ``forward`` are as they were, and so are buffers (BatchNorm's running statistics). Forward hooks
+    of the user's own fire a second time.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -34,29 +33,66 @@ class Unobserved:
         self._settled = False
 
     @contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
-        own = self._module.__dict__
-        log: dict[str, Any] = {name: own[name] for name in _LOGGING if name in own}
+    def evaluated(self, device: torch.device) -> Iterator[None]:
+        """Evaluation mode and no gradient, as a teacher runs.
+
+        Autocast stays as it is but for its cache: that is keyed by parameter, so a cast of the
+        student's weights made earlier in the step would be taken for the teacher's.
+        """
         modules = [each for each in self._module.modules() if each.training]
-        cuda = [device] if device.type == "cuda" else []
         autocast = torch.autocast(
             device.type,
             dtype=torch.get_autocast_dtype(device.type),
             enabled=torch.is_autocast_enabled(device.type),
             cache_enabled=False,
         )
-        metrics = [_contents(each) for each in self._metrics]
         # nn.Module.__setattr__ costs a microsecond a call, and .eval() may be overridden by the
         # user; ``training`` is a plain entry of the instance dictionary.
         for each in modules:
             each.__dict__["training"] = False
-        own.update(dict.fromkeys(_LOGGING, _silent))
         try:
-            with torch.random.fork_rng(devices=cuda), torch.no_grad(), autocast:
+            with self._aside(device), torch.no_grad(), autocast:
                 yield
         finally:
             for each in modules:
                 each.__dict__["training"] = True
+
+    @contextmanager
+    def repeated(self, device: torch.device, seed: int) -> Iterator[None]:
+        """Training mode and gradients, with random numbers of its own.
+
+        The model writes its running statistics into copies. The originals belong to the graph of
+        the first pass too: written to once more, its backward would be refused.
+        """
+        buffers = [
+            (holder._buffers, key, buffer)
+            for holder in self._module.modules()
+            for key, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
+        # All of them: a kernel such as batch_norm's writes without a trace that could be asked for.
+        copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
+        for held, key, buffer in buffers:
+            held[key] = copies[id(buffer)]
+        try:
+            with self._aside(device):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            for held, key, buffer in buffers:
+                held[key] = buffer
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        own = self._module.__dict__
+        log: dict[str, Any] = {name: own[name] for name in _LOGGING if name in own}
+        cuda = [device] if device.type == "cuda" else []
+        metrics = [_contents(each) for each in self._metrics]
+        own.update(dict.fromkeys(_LOGGING, _silent))
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                yield
+        finally:
             for name in _LOGGING:
                 del own[name]
             own.update(log)
@@ -78,4 +114,4 @@ def _contents(metric: Metric) -> dict[str, Any]:
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
-    """In place of ``self.log`` while a teacher runs."""
+    """In place of ``self.log`` in a second pass."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from zlib import crc32
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from lightning_aux.engine.attached import Attached
 from lightning_aux.engine.capture import versions
+from lightning_aux.engine.distributed import processes, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.finite import Trouble, Verdicts
 from lightning_aux.engine.logging import log_step, logs_now
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, Step, StepState
 
 if TYPE_CHECKING:
-    from lightning_aux.engine.engine import Engine
+    from lightning_aux.engine.engine import Engine, TermLike
 
 __all__ = ["Running"]
 
@@ -36,12 +39,19 @@ class Running:
         self._module = engine.module
         self._trainer = engine.trainer
         self._capture = engine.capture
+        self._optimizers = list(self._trainer.optimizers)
         self._movers = self._overriding("after_optimizer_step")
         self._preparers = self._overriding("before_step")
         self._unobserved = Unobserved(self._module)
-        self._deferred: list[Callable[[], None]] = []
+        # What is to happen once each of the optimizers has really stepped.
+        self._deferred: list[list[Callable[[], None]]] = [[] for _ in self._optimizers]
+        self._verdicts = Verdicts()
+        # Sharded models communicate inside of a term: a process that fails there cannot go on to
+        # tell the others, and Lightning ends them.
+        self._tells = processes() > 1 and not shards_parameters(self._trainer.strategy)
+        self._failures: dict[tuple[str, int], Exception] = {}
         self._now: StepState | None = None
-        self._attempts = self._trainer.global_step
+        self._toggled: int | None = None
         self._hooks: list[Any] = []
         self._inert: set[str] = set()
         self._stopped = False
@@ -77,16 +87,49 @@ class Running:
         patches.wrap(module, "forward", recorded_forward)
 
         if not module.automatic_optimization:
-            manual_backward = module.manual_backward
-
-            def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-                manual_backward(self._join_backward(loss), *args, **kwargs)
-
-            patches.wrap(module, "manual_backward", with_terms_backward)
+            self._follow_manual_optimisation(patches)
 
         # Fires for real steps only: not for micro-batches, nor when a gradient scaler skips one.
-        for optimizer in list(self._trainer.optimizers)[:1]:
-            self._hooks.append(optimizer.register_step_post_hook(self._stepped))
+        for place, optimizer in enumerate(self._optimizers):
+            self._hooks.append(optimizer.register_step_post_hook(partial(self._stepped, place)))
+
+        strategy = self._trainer.strategy
+        optimizer_step = strategy.optimizer_step
+
+        def step_that_may_be_skipped(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            returned = optimizer_step(optimizer, *args, **kwargs)
+            place = self._place(optimizer)
+            if place is not None:  # what waited for a step that a gradient scaler has skipped
+                self._deferred[place].clear()
+            return returned
+
+        patches.wrap(strategy, "optimizer_step", step_that_may_be_skipped)
+
+    def _follow_manual_optimisation(self, patches: Patches) -> None:
+        module = self._module
+        manual_backward = module.manual_backward
+        toggle, untoggle = module.toggle_optimizer, module.untoggle_optimizer
+
+        def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            manual_backward(self._join_backward(loss), *args, **kwargs)
+
+        def noted_toggle(optimizer: Any) -> None:
+            toggle(optimizer)
+            self._toggled = self._place(optimizer)
+
+        def noted_untoggle(optimizer: Any) -> None:
+            untoggle(optimizer)
+            self._toggled = None
+
+        patches.wrap(module, "manual_backward", with_terms_backward)
+        patches.wrap(module, "toggle_optimizer", noted_toggle)
+        patches.wrap(module, "untoggle_optimizer", noted_untoggle)
+
+    def _place(self, optimizer: Any) -> int | None:
+        """The position of an optimizer, or of Lightning's wrapper around it."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        places = [place for place, each in enumerate(self._optimizers) if each is inner]
+        return places[0] if places else None
 
     def stop(self) -> None:
         """Let go of the optimizer; wrappers that cannot be removed pass calls through."""
@@ -97,15 +140,15 @@ class Running:
     # ----------------------------------------------------------------------------- one batch
     def _step(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         engine = self._engine
-        now = engine.progress()
-        self._forget_skipped_step()
+        self._toggled = None
         engine.indices.begin_batch(self._trainer.fit_loop.epoch_loop.total_batch_idx)
+        now = [engine.progress(place) for place in range(max(1, len(self._optimizers)))]
         for member in self._preparers:
-            member.before_step(now)
+            member.before_step(now[member.optimizer])
         record = Record(self._batch_of(args, kwargs), "student")
         batch_idx = self._trainer.fit_loop.epoch_loop.batch_idx
-        state = self._now = StepState(record, batch_idx, now, self._deferred.append)
-        stepped = engine.steps
+        state = self._now = StepState(record, batch_idx, now)
+        stepped = engine.clocks.copy()
         try:
             self._capture.record = record
             state.output = training_step(*args, **kwargs)
@@ -114,8 +157,7 @@ class Running:
             engine.model_call.bind(record)
             if self._module.automatic_optimization:
                 return self._joined_output(state)
-            if engine.steps > stepped:
-                self._check_joined(state)
+            self._check_joined(state, stepped)
             return state.output
         finally:
             self._capture.record = None
@@ -129,9 +171,10 @@ class Running:
     def _joined_output(self, state: StepState) -> Any:
         output = state.output
         if isinstance(output, Tensor):
-            return self._add_terms(state, output, 0)
+            return self._add_terms(state, output, self._engine.objectives)
         if isinstance(output, Mapping) and "loss" in output:
-            return {**output, "loss": self._add_terms(state, output["loss"], 0)}
+            loss = self._add_terms(state, output["loss"], self._engine.objectives)
+            return {**output, "loss": loss}
         return output  # None skips the step; for anything else Lightning has the message
 
     def _join_backward(self, loss: Tensor) -> Tensor:
@@ -140,50 +183,81 @@ class Running:
             return loss
         record, self._capture.record = self._capture.record, None
         position, state.backwards = state.backwards, state.backwards + 1
+        joining = [each for each in self._engine.objectives if self._joins(each, state, position)]
         try:
-            return self._add_terms(state, loss, position)
+            return self._add_terms(state, loss, joining)
         finally:
             self._capture.record = record
             state.record.spend()
             state.teachers.clear()
 
-    def _check_joined(self, state: StepState) -> None:
-        late = [each for each in self._engine.objectives if each.backward >= state.backwards]
-        if late:
+    def _joins(self, objective: TermLike, state: StepState, position: int) -> bool:
+        """Whether this call of ``manual_backward`` is the one of ``objective``."""
+        if objective.backward is not None:
+            return objective.backward == position
+        if objective.name in state.joined:
+            return False
+        if self._toggled is None and len(self._optimizers) > 1:
+            raise AuxiliaryError(
+                f"{objective.name}: {type(self._module).__name__} has {len(self._optimizers)} "
+                f"optimizers, and it is not clear for which of them training_step calls "
+                f"manual_backward. Call self.toggle_optimizer(...) before and "
+                f"self.untoggle_optimizer(...) after, or say which call of manual_backward the "
+                f"term joins: backward=0 for the first of a step."
+            )
+        return self._toggled is None or self._toggled == objective.optimizer
+
+    def _check_joined(self, state: StepState, stepped: list[int]) -> None:
+        for objective in self._engine.objectives:
+            place = objective.optimizer
+            if objective.name in state.joined or self._engine.clocks[place] == stepped[place]:
+                continue
+            waits = (
+                f"joins call number {objective.backward} (counted from 0)"
+                if objective.backward is not None
+                else f"joins one for optimizer {place}"
+            )
             raise AuxiliaryError(
                 f"{type(self._module).__name__}.training_step stepped its optimizer after "
-                f"{state.backwards} call(s) of self.manual_backward(loss), but {late[0].name} "
-                f"joins call number {late[0].backward} (counted from 0). Call "
-                f"self.manual_backward(loss) instead of loss.backward(), or set backward=...."
+                f"{state.backwards} call(s) of self.manual_backward(loss), but {objective.name} "
+                f"{waits}. Call self.manual_backward(loss) instead of loss.backward(), or set "
+                f"backward=...."
             )
 
-    def _add_terms(self, state: StepState, loss: Tensor, backward: int) -> Tensor:
+    def _add_terms(self, state: StepState, loss: Tensor, joining: list[TermLike]) -> Tensor:
         """Main + Σ weight · term, over the objectives that join this backward."""
         engine = self._engine
         state.loss = loss
         values: dict[str, Any] = {}
-        total = loss
-        joining = False
-        for objective in engine.objectives:
-            if objective.backward != backward:
-                continue
-            joining = True
-            weight = objective.weight_at(state.progress.steps)
-            values[f"aux/{objective.name}/weight"] = weight
+        weights: dict[str, float] = {}
+        acts: dict[str, list[Callable[[], None]]] = {}
+        terms: dict[str, Tensor | None] = {}
+        active: list[TermLike] = []
+        for objective in joining:
+            state.joined.add(objective.name)
+            weight = objective.weight_at(state.progress[objective.optimizer].steps)
+            weights[objective.name] = values[f"aux/{objective.name}/weight"] = weight
             if weight == 0.0 and not objective.observes:
                 continue
-            locations = objective.locations.over(engine.locations)
-            deferred = len(self._deferred)
-            term = objective.term(Step(engine, state, locations, objective.name))
-            if term is None:  # refused: what it wanted to remember of this step goes with it
-                del self._deferred[deferred:]
+            active.append(objective)
+            terms[objective.name] = self._term(objective, state, acts)
+        used = self._judged(active, terms, state, loss) if active else {}
+        total = loss
+        for objective in active:
+            name = objective.name
+            if name not in used:  # what it wanted to remember of this step goes with the term
                 continue
-            values[f"aux/{objective.name}"] = term.detach()
-            if weight != 0.0:
-                self._check_depends(objective.name, term, loss)
-                total = total + weight * term
-        if engine.heads and backward == 0:
-            total = total + engine.heads.zero_term()
+            term = used[name]
+            values[f"aux/{name}"] = term.detach()
+            self._deferred[objective.optimizer] += acts[name]
+            if weights[name] != 0.0:
+                self._check_depends(name, term, loss)
+                total = total + weights[name] * term
+        if engine.heads:
+            joined = {*weights}
+            if state.backwards <= 1:  # those that belong to no objective
+                joined |= {*engine.heads.names} - {each.name for each in engine.objectives}
+            total = total + engine.heads.zero_term(joined)
         if logs_now(self._trainer):
             if joining:  # several manual_backward calls of one step add up
                 state.main = state.main + loss.detach()
@@ -191,6 +265,65 @@ class Running:
                 values |= {"aux/main": state.main, "aux/total": state.total}
             log_step(self._module, values, engine.members)
         return total
+
+    def _term(
+        self, objective: TermLike, state: StepState, acts: dict[str, list[Callable[[], None]]]
+    ) -> Tensor | None:
+        """The objective's term, or ``None`` where it fails and the other processes must know."""
+        engine = self._engine
+        locations = objective.locations.over(engine.locations)
+        later = acts[objective.name] = []
+        step = Step(engine, state, locations, objective.name, objective.optimizer, later.append)
+        if not self._tells:
+            return objective.term(step)
+        try:
+            return objective.term(step)
+        except Exception as error:
+            self._failures[objective.name, step.progress.steps] = error
+            return None
+
+    def _judged(
+        self,
+        active: list[TermLike],
+        terms: dict[str, Tensor | None],
+        state: StepState,
+        loss: Tensor,
+    ) -> dict[str, Tensor]:
+        """The terms that are used in this step, the same on every process.
+
+        Raises:
+            AuxiliaryError: a term of this or a recent step was not finite on some process.
+        """
+        skips = {each.name: each for each in active if each.nonfinite == "skip"}
+        steps = state.progress[active[0].optimizer].steps
+        self._verdicts.add(terms, steps, loss.device)
+        skipped = set()
+        # To leave a term out, its value has to be known now.
+        for trouble in self._verdicts.arrived(wait=bool(skips)):
+            if trouble.failed or trouble.name not in skips:
+                self._refuse(trouble)
+            skips[trouble.name].skip()
+            skipped.add(trouble.name)
+        return {
+            name: term for name, term in terms.items() if term is not None and name not in skipped
+        }
+
+    def _refuse(self, trouble: Trouble) -> NoReturn:
+        own = self._failures.get((trouble.name, trouble.steps))
+        if own is not None:
+            raise own
+        where = f" on process {trouble.rank}" if processes() > 1 else ""
+        if trouble.failed:
+            raise AuxiliaryError(
+                f"{trouble.name}: its term could not be computed{where} after {trouble.steps} "
+                f"optimizer steps; the error is in the output of that process."
+            )
+        value = "not finite" if trouble.value is None else trouble.value
+        raise AuxiliaryError(
+            f"{trouble.name}: the term is {value}{where} after {trouble.steps} optimizer steps. "
+            f"Look at its inputs (learning rate, precision, empty or constant batches); "
+            f"nonfinite='skip' leaves such steps out and counts them."
+        )
 
     def _check_depends(self, name: str, term: Tensor, loss: Tensor) -> None:
         if term.requires_grad or not loss.requires_grad or name in self._inert:
@@ -206,7 +339,7 @@ class Running:
         if name not in state.teachers:
             engine = self._engine
             teacher = engine.teacher(name, asked_by)
-            record = Record(state.record.batch, name)
+            record = Record(state.record.batch, f"the teacher {name!r}")
             forward = engine.locations.forward
             if forward is None:
                 run = engine.model_call.again(state.record, asked_by)
@@ -214,7 +347,7 @@ class Running:
                 run = partial(forward, self._module, record.batch)
             before, self._capture.record = self._capture.record, record
             try:
-                with teacher.weights_in_place(), self._unobserved(state.loss.device):
+                with teacher.weights_in_place(), self._unobserved.evaluated(state.loss.device):
                     returned = run()
             finally:
                 self._capture.record = before
@@ -223,26 +356,40 @@ class Running:
             state.teachers[name] = record
         return state.teachers[name]
 
+    def second_record(
+        self, state: StepState, asked_by: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Record:
+        """Another pass with the student's weights and gradients; run whenever asked."""
+        engine = self._engine
+        state.passes += 1
+        where = (asked_by, self._trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
+        # Of the run's seed and the place alone, so that a resumed run draws the same; each process
+        # draws its own.
+        drawn = crc32(repr((*where, self._trainer.global_rank)).encode())
+        seed = (torch.initial_seed() + drawn) % 2**63
+        record = Record(state.record.batch, "the second pass")
+        run = engine.model_call.again(state.record, asked_by, arguments, keywords)
+        before, self._capture.record = self._capture.record, record
+        try:
+            with self._unobserved.repeated(state.loss.device, seed):
+                run()
+        finally:
+            self._capture.record = before
+        return record
+
     # ----------------------------------------------------------------------------- optimizer
-    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """A real optimizer step: teachers, memories and schedules move, once."""
+    def _stepped(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """A real optimizer step: its teachers, memories and schedules move, once."""
+        deferred = self._deferred[place].copy()
+        self._deferred[place].clear()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf.item()):
-            self._deferred.clear()  # a fused optimizer is called but does nothing on overflow
-            return
-        self._engine.steps += 1
-        deferred = self._deferred.copy()
-        self._deferred.clear()
+            return  # a fused optimizer is called but does nothing on overflow
+        self._engine.clocks[place] += 1
         with torch.no_grad():
             for act in deferred:
                 act()
-            now = self._engine.progress()
+            now = self._engine.progress(place)
             for member in self._movers:
-                member.after_optimizer_step(now)
-
-    def _forget_skipped_step(self) -> None:
-        """Drop what was deferred to an optimizer step that a gradient scaler then skipped."""
-        attempts = self._trainer.global_step
-        if attempts != self._attempts and len(self._trainer.optimizers) == 1:
-            self._deferred.clear()
-        self._attempts = attempts
+                if member.optimizer == place:
+                    member.after_optimizer_step(now)

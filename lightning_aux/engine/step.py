@@ -161,8 +161,7 @@ class Pass:
             if call is None:
                 when = "in this training step"
                 if self._record.whose != "student":
-                    run = self._engine.model_call.where
-                    when = f"when the teacher {self._record.whose!r} ran {run}"
+                    when = f"when {self._record.whose} ran {self._engine.model_call.where}"
                 raise AuxiliaryError(
                     f"{self._asked_by}: the module {each!r} was not called {when}, so it has no "
                     f"output to read. Name a module that runs every time, or say how the whole "
@@ -235,9 +234,13 @@ class Step(Pass):
         state: StepState,
         locations: Locations,
         asked_by: str,
+        optimizer: int,
+        defer: Callable[[Callable[[], None]], None],
     ) -> None:
         super().__init__(engine, state.record, locations, asked_by)
         self._state = state
+        self._optimizer = optimizer
+        self._defer = defer
 
     @property
     def module(self) -> nn.Module:
@@ -272,8 +275,8 @@ class Step(Pass):
 
     @property
     def progress(self) -> Progress:
-        """Optimizer steps taken, epoch, and the fraction of training that is done."""
-        return self._state.progress
+        """Steps of the objective's optimizer, epoch, and the fraction of training that is done."""
+        return self._state.progress[self._optimizer]
 
     @property
     def index(self) -> Tensor:
@@ -302,6 +305,23 @@ class Step(Pass):
         record = self._engine.teacher_record(name, self._state, self._asked_by)
         return Pass(self._engine, record, self._locations, self._asked_by)
 
+    def again(self, *arguments: Any, **keywords: Any) -> Pass:
+        """One more pass through the model with the student's weights, with a gradient.
+
+        Dropout draws other masks, from random numbers of its own; BatchNorm normalises by this
+        pass, but running statistics and the user's random stream are left as one pass leaves them.
+
+        Args:
+            arguments: what the model is called on; without any, on what the step called it on.
+            keywords: likewise.
+
+        Raises:
+            AuxiliaryError: the model's call in this step is not known, or, without arguments, the
+                model writes into its own input.
+        """
+        record = self._engine.second_record(self._state, self._asked_by, arguments, keywords)
+        return Pass(self._engine, record, self._locations, self._asked_by)
+
     def weights(self, teacher: str) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The trainable parameters and, in the same order, the teacher's values of them."""
         return self._engine.teacher(teacher, self._asked_by).pairs()
@@ -312,7 +332,7 @@ class Step(Pass):
         Memories move this way: under accumulation all micro-batches of a window see the same
         memory, and a step that a gradient scaler skips moves nothing.
         """
-        self._state.defer(act)
+        self._defer(act)
 
 
 @dataclass
@@ -321,11 +341,12 @@ class StepState:
 
     record: Record
     batch_idx: int
-    progress: Progress
-    defer: Callable[[Callable[[], None]], None]
+    progress: list[Progress]
     output: Any = None
     finished: bool = False
     backwards: int = 0
+    passes: int = 0
+    joined: set[str] = field(default_factory=set)
     index: Tensor | None = None
     teachers: dict[str, Record] = field(default_factory=dict)
     main: Tensor | float = 0.0

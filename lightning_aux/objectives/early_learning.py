@@ -34,7 +34,8 @@ class EarlyLearningRegularization(Objective):
         name: unique name for logs and checkpoints.
         taps: where the logits are.
         nonfinite: ``"raise"`` or ``"skip"``.
-        backward: which ``manual_backward`` the term joins in manual optimisation.
+        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
+        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
 
     Raises:
         AuxiliaryError: ``momentum`` outside [0, 1); before the first step, a dataloader without
@@ -51,9 +52,12 @@ class EarlyLearningRegularization(Objective):
         name: str | None = None,
         taps: Taps | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
-        backward: int = 0,
+        optimizer: int = 0,
+        backward: int | None = None,
     ) -> None:
-        super().__init__(weight, name, taps=taps, nonfinite=nonfinite, backward=backward)
+        super().__init__(
+            weight, name, taps=taps, nonfinite=nonfinite, optimizer=optimizer, backward=backward
+        )
         if not 0.0 <= momentum < 1.0:
             raise AuxiliaryError(f"{self.name}: momentum={momentum} must lie in [0, 1).")
         self.momentum = momentum

@@ -47,7 +47,8 @@ class EMAAnchor(Objective):
         name: unique name for logs and checkpoints.
         taps: where the logits are.
         nonfinite: ``"raise"`` or ``"skip"``.
-        backward: which ``manual_backward`` the term joins in manual optimisation.
+        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
+        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
 
     Raises:
         AuxiliaryError: unknown ``space``; ``entropy``, ``temperature`` or ``dim`` in weight space;
@@ -71,9 +72,12 @@ class EMAAnchor(Objective):
         name: str | None = None,
         taps: Taps | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
-        backward: int = 0,
+        optimizer: int = 0,
+        backward: int | None = None,
     ) -> None:
-        super().__init__(weight, name, taps=taps, nonfinite=nonfinite, backward=backward)
+        super().__init__(
+            weight, name, taps=taps, nonfinite=nonfinite, optimizer=optimizer, backward=backward
+        )
         if space not in ("output", "weight"):
             raise AuxiliaryError(
                 f"{self.name}: space={space!r} is unknown. Choose 'output' or 'weight'."
@@ -106,7 +110,7 @@ class EMAAnchor(Objective):
 
     def check(self, engine: Any) -> None:
         super().check(engine)
-        engine.teacher(self.teacher, self.name)
+        engine.teacher(self.teacher, self.name).serve(self.optimizer, self.name)
 
     def loss(self, step: Step) -> Tensor:
         if self.space == "weight":

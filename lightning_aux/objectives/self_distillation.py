@@ -48,7 +48,8 @@ class SelfDistillation(Objective):
         name: unique name for logs and checkpoints.
         taps: where logits and target are.
         nonfinite: ``"raise"`` or ``"skip"``.
-        backward: which ``manual_backward`` the term joins in manual optimisation.
+        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
+        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
 
     Raises:
         AuxiliaryError: a divergence that does not fit ``on``, a non-positive temperature, a
@@ -68,12 +69,19 @@ class SelfDistillation(Objective):
         name: str | None = None,
         taps: Taps | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
-        backward: int = 0,
+        optimizer: int = 0,
+        backward: int | None = None,
     ) -> None:
         on_logits = on == "logits"
         reads = (on,) if isinstance(on, str) and not on_logits else ()
         super().__init__(
-            weight, name, taps=taps, reads=reads, nonfinite=nonfinite, backward=backward
+            weight,
+            name,
+            taps=taps,
+            reads=reads,
+            nonfinite=nonfinite,
+            optimizer=optimizer,
+            backward=backward,
         )
         fitting = DIVERGENCES if on_logits else FEATURE_DISTANCES
         if divergence not in fitting:
@@ -96,7 +104,7 @@ class SelfDistillation(Objective):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        engine.teacher(self.teacher, self.name)
+        engine.teacher(self.teacher, self.name).serve(self.optimizer, self.name)
 
     def loss(self, step: Step) -> Tensor:
         teacher = step.teacher(self.teacher)

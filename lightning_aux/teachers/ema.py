@@ -30,14 +30,18 @@ class EMATeacher(Teacher):
             is now, and at ``start`` the average begins from the weights of that moment.
         buffers: ``"copy"`` takes BatchNorm statistics from the live module at each update,
             ``"average"`` averages floating-point buffers too. Integer buffers are always copied.
+        optimizer: with several optimizers, the index of the one whose steps move this teacher.
+            Default: that of the objectives that name it, else the first.
 
     Raises:
         AuxiliaryError: ``decay`` outside [0, 1], ``every`` below 1, negative ``start``; before
-            training, when the strategy shards parameters (FSDP, DeepSpeed ZeRO-3), which is not
-            supported yet.
+            training, when objectives of different optimizers name it, or the strategy shards
+            parameters in another way than FSDP2.
 
     Note:
-        The memory is one more copy of the parameters in float32.
+        The memory is one more copy of the parameters in float32. Sharded by FSDP2, each process
+        averages its part; a teacher's pass gathers parameters as the student's does, and for its
+        time each process keeps one more copy of its part.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class EMATeacher(Teacher):
         every: int = 1,
         start: int = 0,
         buffers: Literal["copy", "average"] = "copy",
+        optimizer: int | None = None,
     ) -> None:
-        super().__init__(name, buffers)
+        super().__init__(name, buffers, optimizer)
         if not 0.0 <= decay <= 1.0:
             raise AuxiliaryError(
                 f"{name}: decay={decay} must lie in [0, 1]; 0.999 averages over about the last "

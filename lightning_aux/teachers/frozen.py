@@ -26,7 +26,8 @@ class FrozenTeacher(Teacher):
 
     Raises:
         AuxiliaryError: before training, when the file does not exist, cannot be read, or holds
-            the weights of another model, or when the strategy shards parameters.
+            the weights of another model, or when the strategy shards parameters in another way
+            than FSDP2.
     """
 
     def __init__(self, name: str = "frozen", checkpoint: str | Path | None = None) -> None:

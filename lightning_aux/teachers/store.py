@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_aux.engine import AuxiliaryError
+from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.functional import ema_update_
+from lightning_aux.functional.shards import gathered, is_sharded, local, part_of
 
 __all__ = ["WeightStore"]
 
@@ -27,6 +29,9 @@ class WeightStore:
     Parameters are cached; buffers are looked up on each use, since modules may replace, add and
     remove them. Non-persistent buffers (rotary caches, masks) are made from the configuration and
     have no values here: the live ones serve every set of weights.
+
+    Of parameters sharded by ``fully_shard`` (FSDP2) each process holds the values of its own part:
+    an update touches nothing else, and `state_dict` gathers them.
 
     Args:
         module: whose weights these are.
@@ -47,8 +52,13 @@ class WeightStore:
                 f"Run one batch through the module before Trainer.fit, for example in "
                 f"configure_model."
             )
+        self._gathering = fully_sharded_modules(module)
+        if self._gathering:  # a forward without backward may have left whole parameters in place
+            self._reshard()
+            named = dict(module.named_parameters())
         self._names = list(named)
         self._live = list(named.values())
+        self._sharded = [place for place, each in enumerate(self._live) if is_sharded(each)]
         self._values = [_float32(parameter.detach()) for parameter in self._live]
         self._averages = buffers == "average"
         self._owners = [
@@ -61,7 +71,10 @@ class WeightStore:
 
     def update(self, decay: float) -> None:
         """Move the average of the parameters: values ← decay · values + (1 − decay) · live."""
-        ema_update_(self._values, cast("list[Tensor]", self._live), decay)
+        if self._sharded:
+            ema_update_(list(map(local, self._values)), list(map(local, self._live)), decay)
+        else:
+            ema_update_(self._values, cast("list[Tensor]", self._live), decay)
 
     def update_buffers(self, decay: float) -> None:
         """Take the live module's buffers, or average those that are averaged, with ``decay``.
@@ -112,25 +125,47 @@ class WeightStore:
         Data pointers are exchanged, so whoever else holds the parameters (an RNN's flat weights,
         a list in the user's code) sees the exchange too, and the student's graph is untouched. A
         buffer that is not as it was at the last update (a cache that has just grown) stays live.
+        Of sharded parameters the contents are exchanged, since FSDP2 gathers from the memory that
+        it knows; whole parameters that a forward has left in place are given up before and after.
         """
-        kept = [parameter.data for parameter in self._live]
         places = self._places()
+        kept = [parameter.data for parameter in self._live]
+        shards = [local(kept[place]) for place in self._sharded]
+        contents = [shard.clone() for shard in shards]
         try:
+            self._reshard()
+            if shards:
+                values = [local(self._values[place]) for place in self._sharded]
+                torch._foreach_copy_(shards, values)
             for parameter, value in zip(self._live, self._values, strict=True):
-                parameter.data = value if value.dtype == parameter.dtype else value.to(parameter)
+                if not is_sharded(value):
+                    fits = value.dtype == parameter.dtype
+                    parameter.data = value if fits else value.to(parameter)
             for name, held, key, buffer in places:
                 ours = self.buffers.get(name)
                 if ours is not None and _alike(ours, buffer):
                     held[key] = ours
             yield
         finally:
+            if shards:
+                torch._foreach_copy_(shards, contents)
             for parameter, data in zip(self._live, kept, strict=True):
-                parameter.data = data
+                if not is_sharded(data):
+                    parameter.data = data
             for _, held, key, buffer in places:
                 held[key] = buffer
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Give up gathered parameters: the next forward or backward gathers what is there then."""
+        for module in self._gathering:
+            module.reshard()
 
     def state_dict(self, pending: float | None = None) -> dict[str, Tensor]:
         """All values by the names that the module's own ``named_parameters`` gives.
+
+        Sharded values are gathered one after the other, on the CPU of every process: all processes
+        have to call this together.
 
         Args:
             pending: with a decay, buffers are copies as ``update_buffers(pending)`` would leave
@@ -140,7 +175,8 @@ class WeightStore:
         if pending is not None:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             self._follow(buffers).run(pending)
-        return dict(zip(self._names, self._values, strict=True)) | buffers
+        values = [gathered(each).cpu() if is_sharded(each) else each for each in self._values]
+        return dict(zip(self._names, values, strict=True)) | buffers
 
     def load_state_dict(
         self, state: dict[str, Tensor], asked_by: str, buffers: dict[str, Tensor] | None = None
@@ -177,7 +213,7 @@ class WeightStore:
                     f"{asked_by}: {name!r} has shape {tuple(state[name].shape)} in the saved "
                     f"weights and {tuple(value.shape)} in the model. They belong to another model."
                 )
-            value.copy_(state[name])
+            local(value).copy_(part_of(state[name], value))
 
 
 class _Plan:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
-from lightning_aux.engine.distributed import sharded_parameters
+from lightning_aux.engine.distributed import has_flat_parameters
 from lightning_aux.teachers.store import WeightStore
 
 __all__ = ["Teacher"]
@@ -24,30 +24,67 @@ class Teacher(Attached):
     Args:
         name: what objectives call it by (``teacher="..."``).
         buffers: ``"copy"`` (take BatchNorm statistics from the live module) or ``"average"``.
+        optimizer: with several optimizers, the index of the one whose steps move this teacher.
+            Default: that of the objectives that name it, else the first.
+
+    Raises:
+        AuxiliaryError: before training, when objectives of different optimizers name one teacher,
+            or the strategy shards parameters in another way than FSDP2.
     """
 
-    def __init__(self, name: str, buffers: Literal["copy", "average"] = "copy") -> None:
+    def __init__(
+        self,
+        name: str,
+        buffers: Literal["copy", "average"] = "copy",
+        optimizer: int | None = None,
+    ) -> None:
         super().__init__(name)
         if buffers not in ("copy", "average"):
             raise AuxiliaryError(
                 f"{name}: buffers={buffers!r} is unknown. Choose 'copy' or 'average'."
             )
         self.buffers = buffers
+        self._counts = optimizer
+        self._serves: dict[str, int] = {}
         self.updates = 0
         self.store: WeightStore | None = None
         self._pending: float | None = None  # decay of a buffer update that is still to come
 
     def attach(self, engine: Engine) -> None:
+        self._serves.clear()
         engine.teach(self)
 
-    def check(self, engine: Engine) -> None:
-        sharded = sharded_parameters(engine.module)
-        if sharded:
+    @property
+    def optimizer(self) -> int:  # type: ignore[override]
+        """The index of the optimizer whose steps move this teacher."""
+        if self._counts is not None:
+            return self._counts
+        return next(iter(self._serves.values()), 0)
+
+    def serve(self, optimizer: int, asked_by: str) -> None:
+        """Note an objective that uses this teacher, and the optimizer it belongs to.
+
+        Raises:
+            AuxiliaryError: this teacher counts the steps of another objective's optimizer.
+        """
+        self._serves[asked_by] = optimizer
+        other = next((name for name, each in self._serves.items() if each != optimizer), None)
+        if self._counts is None and other is not None:
             raise AuxiliaryError(
-                f"{self.name}: {', '.join(map(repr, sharded[:3]))}"
-                f"{' and more' if len(sharded) > 3 else ''} of {type(engine.module).__name__} "
-                f"are sharded, and teachers do not support sharded parameters yet. Use a strategy "
-                f"that keeps whole parameters (single device, ddp)."
+                f"{self.name}: {asked_by} belongs to optimizer {optimizer}, and {other} to "
+                f"{self._serves[other]}. Give each its own teacher, or say whose steps move this "
+                f"one: {type(self).__name__}(optimizer=...)."
+            )
+
+    def check(self, engine: Engine) -> None:
+        flat = has_flat_parameters(engine.module)
+        if flat:
+            raise AuxiliaryError(
+                f"{self.name}: {', '.join(map(repr, flat[:3]))}"
+                f"{' and more' if len(flat) > 3 else ''} of {type(engine.module).__name__} are "
+                f"sharded by FSDP1 or DeepSpeed ZeRO-3, which teachers do not support. Use "
+                f"ModelParallelStrategy (FSDP2), or a strategy that keeps whole parameters (single "
+                f"device, ddp)."
             )
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:

@@ -135,4 +135,5 @@ def test_hyperparameters_are_every_init_argument_with_its_value() -> None:
         "every": 3,
         "start": 0,
         "buffers": "copy",
+        "optimizer": None,
     }

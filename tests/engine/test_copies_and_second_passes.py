@@ -254,16 +254,18 @@ class Toggled(Classifier):
 
 class Headed(aux.Objective):
     def build_head(self, module: nn.Module) -> nn.Module:
-        return nn.Linear(8, 1)
+        head = nn.Linear(8, 1)
+        nn.init.ones_(head.weight)
+        return head
 
     def loss(self, step: aux.Step) -> Tensor:
         return self.head(step.features("encoder")).square().mean()
 
 
 def test_a_head_beside_toggled_optimizers(plain_trainer):
-    objective = Headed(1.0, reads="encoder", backward=1)
+    objective = Headed(1.0, reads="encoder")
     plain_trainer(callbacks=[objective]).fit(Toggled(), rows())
-    assert objective.head.weight.abs().mean() < 0.2  # it has been driven to zero
+    assert 0.9 < objective.head.weight.mean() < 0.96  # from 1 towards 0
 
 
 def test_progress_with_two_optimizers_ends_at_the_end(plain_trainer):
