@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
@@ -45,6 +45,7 @@ class Running:
         self._unobserved = Unobserved(self._module)
         # What is to happen once each of the optimizers has really stepped.
         self._deferred: list[list[Callable[[], None]]] = [[] for _ in self._optimizers]
+        self._depths = [0 for _ in self._optimizers]
         self._verdicts = Verdicts()
         # Sharded models communicate inside of a term: a process that fails there cannot go on to
         # tell the others, and Lightning ends them.
@@ -91,14 +92,17 @@ class Running:
 
         # Fires for real steps only: not for micro-batches, nor when a gradient scaler skips one.
         for place, optimizer in enumerate(self._optimizers):
+            self._hooks.append(optimizer.register_step_pre_hook(partial(self._stepping, place)))
             self._hooks.append(optimizer.register_step_post_hook(partial(self._stepped, place)))
 
         strategy = self._trainer.strategy
         optimizer_step = strategy.optimizer_step
 
         def step_that_may_be_skipped(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            returned = optimizer_step(optimizer, *args, **kwargs)
             place = self._place(optimizer)
+            if place is not None:  # a step that raised has not reached its end
+                self._depths[place] = 0
+            returned = optimizer_step(optimizer, *args, **kwargs)
             if place is not None:  # what waited for a step that a gradient scaler has skipped
                 self._deferred[place].clear()
             return returned
@@ -134,6 +138,9 @@ class Running:
     def stop(self) -> None:
         """Let go of the optimizer; wrappers that cannot be removed pass calls through."""
         self._stopped = True
+        for trouble in self._verdicts.arrived(wait=True):  # of the last steps, on a GPU
+            self._verdicts.clear()
+            rank_zero_warn(f"lightning_aux: {self._error(trouble)}")
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -301,25 +308,26 @@ class Running:
         # To leave a term out, its value has to be known now.
         for trouble in self._verdicts.arrived(wait=bool(skips)):
             if trouble.failed or trouble.name not in skips:
-                self._refuse(trouble)
+                self._verdicts.clear()
+                raise self._error(trouble)
             skips[trouble.name].skip()
             skipped.add(trouble.name)
         return {
             name: term for name, term in terms.items() if term is not None and name not in skipped
         }
 
-    def _refuse(self, trouble: Trouble) -> NoReturn:
+    def _error(self, trouble: Trouble) -> Exception:
         own = self._failures.get((trouble.name, trouble.steps))
         if own is not None:
-            raise own
+            return own
         where = f" on process {trouble.rank}" if processes() > 1 else ""
         if trouble.failed:
-            raise AuxiliaryError(
+            return AuxiliaryError(
                 f"{trouble.name}: its term could not be computed{where} after {trouble.steps} "
                 f"optimizer steps; the error is in the output of that process."
             )
         value = "not finite" if trouble.value is None else trouble.value
-        raise AuxiliaryError(
+        return AuxiliaryError(
             f"{trouble.name}: the term is {value}{where} after {trouble.steps} optimizer steps. "
             f"Look at its inputs (learning rate, precision, empty or constant batches); "
             f"nonfinite='skip' leaves such steps out and counts them."
@@ -378,8 +386,16 @@ class Running:
         return record
 
     # ----------------------------------------------------------------------------- optimizer
+    def _stepping(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._depths[place] += 1
+
     def _stepped(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
         """A real optimizer step: its teachers, memories and schedules move, once."""
+        # torch wraps ``step`` in each class of an optimizer, so the hooks of one whose ``step``
+        # calls ``super().step()`` fire once for every class.
+        self._depths[place] -= 1
+        if self._depths[place] > 0:
+            return
         deferred = self._deferred[place].copy()
         self._deferred[place].clear()
         found_inf = getattr(optimizer, "found_inf", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from tests.engine.small_models import (
     rows,
     weights,
 )
+from tests.two_processes import run_script
 
 
 class Normed(Classifier):
@@ -171,3 +173,23 @@ def test_features_of_the_second_pass_are_its_own(plain_trainer):
     both = Both(reads="encoder", taps=aux.Taps(features="encoder"))
     plain_trainer(callbacks=[both]).fit(made(Normed), rows())
     assert seen == [(False, True, True)] * 6
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("second_pass")
+    script = Path(__file__).with_name("second_pass_in_two_processes.py")
+    run_script(str(script), folder, timeout=120)
+    return folder
+
+
+@pytest.mark.xdist_group("second_pass")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_f71_two_processes_train_and_count_as_by_hand(strategy, two_processes):
+    """``ddp`` writes the buffers of one process into all of them before every step."""
+    for rank in (0, 1):
+        results = torch.load(two_processes / f"{strategy}.{rank}.pt")
+        attached, by_hand, plain = (results[key] for key in ("attached", "by hand", "plain"))
+        assert int(attached["encoder.1.num_batches_tracked"]) == 6
+        assert largest_difference(attached, by_hand) < 1e-6
+        assert largest_difference(attached, plain) > 1e-3

@@ -96,3 +96,24 @@ def test_a_memory_per_sample_moves_once_per_step_of_lbfgs(plain_trainer):
     plain_trainer(callbacks=[elr]).fit(Curved(), rows(24, 4))
     # One visit: t = (1 − β) p with p summing to 1.
     assert torch.allclose(elr.targets.rows.sum(1), torch.full((24,), 0.3), atol=1e-5)
+
+
+class Inherited(torch.optim.SGD):
+    """Its ``step`` calls that of its base class: torch fires the hooks of a step for each of them,
+    once a plain SGD has been made anywhere in the process."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Heir(Classifier):
+    def configure_optimizers(self) -> Any:
+        torch.optim.SGD(self.parameters(), lr=0.1)
+        return Inherited(self.parameters(), lr=0.1)
+
+
+def test_an_optimizer_that_calls_the_step_of_its_base_class_steps_once(plain_trainer):
+    teacher, probe = aux.EMATeacher(), Blind(lambda step: step.progress.steps)
+    plain_trainer(callbacks=[teacher, probe]).fit(Heir(), rows())
+    assert teacher.updates == 6
+    assert probe.seen == [0, 1, 2, 3, 4, 5]
