@@ -13,6 +13,7 @@ from lightning_aux.engine.errors import AuxiliaryError
 
 __all__ = [
     "check_strategy",
+    "data_rank",
     "fully_sharded_modules",
     "gather_rows",
     "has_flat_parameters",
@@ -26,6 +27,11 @@ __all__ = [
 def processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def data_rank(strategy: Any) -> int:
+    """Which of the processes that see different data this one is; those of one share a number."""
+    return int(getattr(strategy, "distributed_sampler_kwargs", {}).get("rank", 0))
 
 
 def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -24,9 +24,10 @@ from lightning_aux.engine.heads import Heads
 from lightning_aux.engine.indices import Indices
 from lightning_aux.engine.logging import log_hyperparameters
 from lightning_aux.engine.model_call import ModelCall
+from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.running import Running
-from lightning_aux.engine.step import Progress, Record, Step, StepState
+from lightning_aux.engine.step import Progress, Step
 from lightning_aux.engine.taps import Locations
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class TeacherLike(Protocol):
 
 class Engine:
     """Attaches members to ``module`` for one fit of ``trainer``."""
+
+    passes: Passes  # from the start of training on
 
     def __init__(self, trainer: Any, module: Any) -> None:
         self.trainer = trainer
@@ -169,17 +172,25 @@ class Engine:
 
     def _prepare_wrapping(self) -> None:
         self.indices.install(self.trainer, self._patches)
-        configure_model: Callable[[], None] = self.module.configure_model
+        setup: Callable[..., None] = self.module.setup
 
-        # Not transparent: Lightning skips configure_model where it looks like its own, and
-        # this is the one moment after every setup() and before the strategy wraps the module.
-        def configure_model_then_heads() -> None:
-            configure_model()
-            self._build_heads()
+        # From here on, after every callback's setup(): some of them call configure_model, and what
+        # they copy of the module has nothing of ours in it.
+        def setup_then_wait(*args: Any, **kwargs: Any) -> None:
+            setup(*args, **kwargs)
+            configure_model: Callable[[], None] = self.module.configure_model
 
-        self._patches.wrap(
-            self.module, "configure_model", configure_model_then_heads, transparent=False
-        )
+            def configure_model_then_heads() -> None:
+                configure_model()
+                self._build_heads()
+
+            # Not transparent: Lightning skips configure_model where it looks like its own, and
+            # this is the one moment after every setup() and before the strategy wraps the module.
+            self._patches.wrap(
+                self.module, "configure_model", configure_model_then_heads, transparent=False
+            )
+
+        self._patches.wrap(self.module, "setup", setup_then_wait)
 
     def _build_heads(self) -> None:
         cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -258,6 +269,7 @@ class Engine:
         for name, member in self.members.items():
             member.start(self, states.get(name))
         self._restored = None
+        self.passes = Passes(self)
         self._running = Running(self)
         self._running.wrap(self._patches)
         self.model_call.watch()
@@ -283,17 +295,10 @@ class Engine:
         except ValueError as error:
             raise AuxiliaryError(f"{asked_by}: {error}") from error
 
-    def teacher_record(self, name: str, state: StepState, asked_by: str) -> Record:
-        """The teacher's pass over this step's batch."""
-        assert self._running is not None
-        return self._running.teacher_record(name, state, asked_by)
-
-    def second_record(
-        self, state: StepState, asked_by: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> Record:
-        """A second pass of this step with the student's weights."""
-        assert self._running is not None
-        return self._running.second_record(state, asked_by, arguments, keywords)
+    def overriding(self, method: str) -> list[Attached]:
+        """The members that have a ``method`` of their own."""
+        base, members = getattr(Attached, method), self.members.values()
+        return [each for each in members if getattr(type(each), method) is not base]
 
     # ------------------------------------------------------------------------------- checkpoints
     def save(self, checkpoint: dict[str, Any]) -> None:

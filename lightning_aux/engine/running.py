@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_aux.engine.attached import Attached
 from lightning_aux.engine.capture import versions
 from lightning_aux.engine.distributed import processes, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.finite import Trouble, Verdicts
 from lightning_aux.engine.logging import log_step, logs_now
 from lightning_aux.engine.patches import Patches
-from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, Step, StepState
+from lightning_aux.engine.stepping import Stepping
 
 if TYPE_CHECKING:
     from lightning_aux.engine.engine import Engine, TermLike
@@ -39,27 +36,16 @@ class Running:
         self._module = engine.module
         self._trainer = engine.trainer
         self._capture = engine.capture
-        self._optimizers = list(self._trainer.optimizers)
-        self._movers = self._overriding("after_optimizer_step")
-        self._preparers = self._overriding("before_step")
-        self._unobserved = Unobserved(self._module)
-        # What is to happen once each of the optimizers has really stepped.
-        self._deferred: list[list[Callable[[], None]]] = [[] for _ in self._optimizers]
-        self._depths = [0 for _ in self._optimizers]
+        self._stepping = Stepping(engine)
+        self._preparers = engine.overriding("before_step")
         self._verdicts = Verdicts()
         # Sharded models communicate inside of a term: a process that fails there cannot go on to
         # tell the others, and Lightning ends them.
         self._tells = processes() > 1 and not shards_parameters(self._trainer.strategy)
         self._failures: dict[tuple[str, int], Exception] = {}
         self._now: StepState | None = None
-        self._toggled: int | None = None
-        self._hooks: list[Any] = []
         self._inert: set[str] = set()
         self._stopped = False
-
-    def _overriding(self, method: str) -> list[Attached]:
-        base, members = getattr(Attached, method), self._engine.members.values()
-        return [each for each in members if getattr(type(each), method) is not base]
 
     # ----------------------------------------------------------------------------- wrapping
     def wrap(self, patches: Patches) -> None:
@@ -88,52 +74,14 @@ class Running:
         patches.wrap(module, "forward", recorded_forward)
 
         if not module.automatic_optimization:
-            self._follow_manual_optimisation(patches)
+            manual_backward = module.manual_backward
 
-        # Fires for real steps only: not for micro-batches, nor when a gradient scaler skips one.
-        for place, optimizer in enumerate(self._optimizers):
-            self._hooks.append(optimizer.register_step_pre_hook(partial(self._stepping, place)))
-            self._hooks.append(optimizer.register_step_post_hook(partial(self._stepped, place)))
+            def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+                manual_backward(self._join_backward(loss), *args, **kwargs)
 
-        strategy = self._trainer.strategy
-        optimizer_step = strategy.optimizer_step
+            patches.wrap(module, "manual_backward", with_terms_backward)
 
-        def step_that_may_be_skipped(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            place = self._place(optimizer)
-            if place is not None:  # a step that raised has not reached its end
-                self._depths[place] = 0
-            returned = optimizer_step(optimizer, *args, **kwargs)
-            if place is not None:  # what waited for a step that a gradient scaler has skipped
-                self._deferred[place].clear()
-            return returned
-
-        patches.wrap(strategy, "optimizer_step", step_that_may_be_skipped)
-
-    def _follow_manual_optimisation(self, patches: Patches) -> None:
-        module = self._module
-        manual_backward = module.manual_backward
-        toggle, untoggle = module.toggle_optimizer, module.untoggle_optimizer
-
-        def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            manual_backward(self._join_backward(loss), *args, **kwargs)
-
-        def noted_toggle(optimizer: Any) -> None:
-            toggle(optimizer)
-            self._toggled = self._place(optimizer)
-
-        def noted_untoggle(optimizer: Any) -> None:
-            untoggle(optimizer)
-            self._toggled = None
-
-        patches.wrap(module, "manual_backward", with_terms_backward)
-        patches.wrap(module, "toggle_optimizer", noted_toggle)
-        patches.wrap(module, "untoggle_optimizer", noted_untoggle)
-
-    def _place(self, optimizer: Any) -> int | None:
-        """The position of an optimizer, or of Lightning's wrapper around it."""
-        inner = getattr(optimizer, "optimizer", optimizer)
-        places = [place for place, each in enumerate(self._optimizers) if each is inner]
-        return places[0] if places else None
+        self._stepping.wrap(patches)
 
     def stop(self) -> None:
         """Let go of the optimizer; wrappers that cannot be removed pass calls through."""
@@ -141,15 +89,14 @@ class Running:
         for trouble in self._verdicts.arrived(wait=True):  # of the last steps, on a GPU
             self._verdicts.clear()
             rank_zero_warn(f"lightning_aux: {self._error(trouble)}")
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._stepping.stop()
 
     # ----------------------------------------------------------------------------- one batch
     def _step(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         engine = self._engine
-        self._toggled = None
+        self._stepping.toggled = None
         engine.indices.begin_batch(self._trainer.fit_loop.epoch_loop.total_batch_idx)
-        now = [engine.progress(place) for place in range(max(1, len(self._optimizers)))]
+        now = [engine.progress(place) for place in range(len(engine.clocks))]
         for member in self._preparers:
             member.before_step(now[member.optimizer])
         record = Record(self._batch_of(args, kwargs), "student")
@@ -204,15 +151,16 @@ class Running:
             return objective.backward == position
         if objective.name in state.joined:
             return False
-        if self._toggled is None and len(self._optimizers) > 1:
+        count, toggled = len(self._stepping.optimizers), self._stepping.toggled
+        if toggled is None and count > 1:
             raise AuxiliaryError(
-                f"{objective.name}: {type(self._module).__name__} has {len(self._optimizers)} "
+                f"{objective.name}: {type(self._module).__name__} has {count} "
                 f"optimizers, and it is not clear for which of them training_step calls "
                 f"manual_backward. Call self.toggle_optimizer(...) before and "
                 f"self.untoggle_optimizer(...) after, or say which call of manual_backward the "
                 f"term joins: backward=0 for the first of a step."
             )
-        return self._toggled is None or self._toggled == objective.optimizer
+        return toggled is None or toggled == objective.optimizer
 
     def _check_joined(self, state: StepState, stepped: list[int]) -> None:
         for objective in self._engine.objectives:
@@ -253,10 +201,11 @@ class Running:
         for objective in active:
             name = objective.name
             if name not in used:  # what it wanted to remember of this step goes with the term
+                values[f"aux/{name}/weight"] = 0.0
                 continue
             term = used[name]
             values[f"aux/{name}"] = term.detach()
-            self._deferred[objective.optimizer] += acts[name]
+            self._stepping.defer(objective.optimizer, acts[name])
             if weights[name] != 0.0:
                 self._check_depends(name, term, loss)
                 total = total + weights[name] * term
@@ -341,71 +290,3 @@ class Running:
             f"lightning_aux: the term of {name} has no gradient, so it changes nothing. What it "
             f"reads was computed under no_grad, detached, or belongs to frozen parameters."
         )
-
-    def teacher_record(self, name: str, state: StepState, asked_by: str) -> Record:
-        """The teacher's pass over this batch; run on first use, once per step."""
-        if name not in state.teachers:
-            engine = self._engine
-            teacher = engine.teacher(name, asked_by)
-            record = Record(state.record.batch, f"the teacher {name!r}")
-            forward = engine.locations.forward
-            if forward is None:
-                run = engine.model_call.again(state.record, asked_by)
-            else:
-                run = partial(forward, self._module, record.batch)
-            before, self._capture.record = self._capture.record, record
-            try:
-                with teacher.weights_in_place(), self._unobserved.evaluated(state.loss.device):
-                    returned = run()
-            finally:
-                self._capture.record = before
-            if forward is not None:
-                record.calls[""] = [Call((), {}, returned)]
-            state.teachers[name] = record
-        return state.teachers[name]
-
-    def second_record(
-        self, state: StepState, asked_by: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> Record:
-        """Another pass with the student's weights and gradients; run whenever asked."""
-        engine = self._engine
-        state.passes += 1
-        where = (asked_by, self._trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
-        # Of the run's seed and the place alone, so that a resumed run draws the same; each process
-        # draws its own.
-        drawn = crc32(repr((*where, self._trainer.global_rank)).encode())
-        seed = (torch.initial_seed() + drawn) % 2**63
-        record = Record(state.record.batch, "the second pass")
-        run = engine.model_call.again(state.record, asked_by, arguments, keywords)
-        before, self._capture.record = self._capture.record, record
-        try:
-            with self._unobserved.repeated(state.loss.device, seed):
-                run()
-        finally:
-            self._capture.record = before
-        return record
-
-    # ----------------------------------------------------------------------------- optimizer
-    def _stepping(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._depths[place] += 1
-
-    def _stepped(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """A real optimizer step: its teachers, memories and schedules move, once."""
-        # torch wraps ``step`` in each class of an optimizer, so the hooks of one whose ``step``
-        # calls ``super().step()`` fire once for every class.
-        self._depths[place] -= 1
-        if self._depths[place] > 0:
-            return
-        deferred = self._deferred[place].copy()
-        self._deferred[place].clear()
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf.item()):
-            return  # a fused optimizer is called but does nothing on overflow
-        self._engine.clocks[place] += 1
-        with torch.no_grad():
-            for act in deferred:
-                act()
-            now = self._engine.progress(place)
-            for member in self._movers:
-                if member.optimizer == place:
-                    member.after_optimizer_step(now)

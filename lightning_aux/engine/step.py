@@ -302,7 +302,7 @@ class Step(Pass):
         Raises:
             AuxiliaryError: no teacher of that name is attached.
         """
-        record = self._engine.teacher_record(name, self._state, self._asked_by)
+        record = self._engine.passes.teacher(name, self._state, self._asked_by)
         return Pass(self._engine, record, self._locations, self._asked_by)
 
     def again(self, *arguments: Any, **keywords: Any) -> Pass:
@@ -319,7 +319,7 @@ class Step(Pass):
             AuxiliaryError: the model's call in this step is not known, or, without arguments, the
                 model writes into its own input.
         """
-        record = self._engine.second_record(self._state, self._asked_by, arguments, keywords)
+        record = self._engine.passes.student(self._state, self._asked_by, arguments, keywords)
         return Pass(self._engine, record, self._locations, self._asked_by)
 
     def weights(self, teacher: str) -> tuple[list[nn.Parameter], list[Tensor]]:

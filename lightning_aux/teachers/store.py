@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -68,6 +69,17 @@ class WeightStore:
         self.buffers: dict[str, Tensor] = {}
         self._plan = self._follow(self.buffers)
         self._planned_for: list[tuple[int, torch.Size] | None] | None = None
+        self._agree()
+
+    def _agree(self) -> None:
+        """Give every process the buffers of the first.
+
+        ``ddp`` makes the live ones equal before every step. FSDP2 does not, and no two processes
+        would have the same teacher.
+        """
+        if self._gathering:
+            for buffer in self.buffers.values():
+                dist.broadcast(buffer, 0)
 
     def update(self, decay: float) -> None:
         """Move the average of the parameters: values ← decay · values + (1 − decay) · live."""
@@ -90,6 +102,7 @@ class WeightStore:
         if now != self._planned_for:  # mostly the same: looking at each costs more than moving all
             self._plan, self._planned_for = self._follow(self.buffers), now
         self._plan.run(decay)
+        self._agree()
 
     def _follow(self, buffers: dict[str, Tensor]) -> _Plan:
         """Make ``buffers`` like the live ones by name, shape and dtype; how to move them then."""
@@ -214,6 +227,7 @@ class WeightStore:
                     f"weights and {tuple(value.shape)} in the model. They belong to another model."
                 )
             local(value).copy_(part_of(state[name], value))
+        self._agree()
 
 
 class _Plan:

@@ -102,7 +102,9 @@ def test_several_terms_add_up_to_the_total(tmp_path: Path) -> None:
 
 
 @every_term
-def test_a_logged_row_under_accumulation_is_of_one_micro_batch(tmp_path: Path, entry: str) -> None:
+def test_f41_a_logged_row_under_accumulation_is_of_one_micro_batch(
+    tmp_path: Path, entry: str
+) -> None:
     rows, _ = logged(callbacks(entry, 0.5), tmp_path, accumulate_grad_batches=2, max_epochs=4)
     name = ENTRIES[entry].objective
     assert rows

@@ -143,7 +143,7 @@ def test_a_full_graph_stays_one(way, objective, plain_trainer):
     assert largest_difference(eager, compiled) < TOLERANCE
 
 
-def test_exchanging_the_weights_compiles_nothing_anew(plain_trainer):
+def test_f59_exchanging_the_weights_compiles_nothing_anew(plain_trainer):
     """One graph each: first step, later steps, the teacher's pass (F59)."""
     callbacks = [aux.EMATeacher(decay=0.5), aux.SelfDistillation()]
     torch.manual_seed(6)
@@ -264,12 +264,14 @@ def test_a_model_compiled_and_trained_with_us_runs_without_us_afterwards(plain_t
     "fullgraph=True, raises at the ninth (without fullgraph it runs the model eagerly from then "
     "on, with the right rates)",
 )
-def test_a_rate_that_changes_in_every_step_works_with_a_full_graph(plain_trainer):
+def test_f63_a_rate_that_changes_in_every_step_works_with_a_full_graph(plain_trainer):
     callbacks = [aux.DropoutSchedule(0.5, until="100%", shape="linear")]
     trained(plain_trainer, callbacks, lambda model: whole(model, backend="eager", fullgraph=True))
 
 
-def test_a_rate_that_changes_in_every_step_is_followed_beyond_torchs_limit_of_graphs(plain_trainer):
+def test_f63_a_rate_that_changes_in_every_step_is_followed_beyond_torchs_limit_of_graphs(
+    plain_trainer,
+):
     eager, _ = trained(
         plain_trainer, [aux.DropoutSchedule(0.5, until="100%", shape="linear")], lambda model: model
     )

@@ -311,7 +311,7 @@ def test_a_module_without_an_optimizer_is_told_that_a_head_needs_one(plain_train
 
 
 @pytest.mark.parametrize("weight", [0.5, "late(0.5, start=50%)"])
-def test_two_processes_train_one_head(weight, plain_trainer, tmp_path):
+def test_f38_two_processes_train_one_head(weight, plain_trainer, tmp_path):
     """Other data on each process, the same weights: those of one process with all of it (F38).
 
     Where the objective is silent, its head still gives the reducer the gradient it waits for (F39).
@@ -358,7 +358,7 @@ def two_epochs(plain_trainer: Any, configuration: str, folder: Path, **fit: Any)
 
 
 @pytest.mark.parametrize("configuration", RESUMED)
-def test_resuming_gives_the_head_its_weights_and_moments_to_the_last_bit(
+def test_f36_resuming_gives_the_head_its_weights_and_moments_to_the_last_bit(
     configuration, plain_trainer, tmp_path
 ):
     whole, kept = two_epochs(plain_trainer, configuration, tmp_path / "whole")
@@ -394,7 +394,7 @@ def test_the_optimizer_state_in_the_checkpoint_is_that_of_a_run_without_us(
             assert value.shape == parameter.shape
 
 
-def test_a_checkpoint_without_the_head_starts_it_fresh_and_keeps_the_users_moments(
+def test_f36_a_checkpoint_without_the_head_starts_it_fresh_and_keeps_the_users_moments(
     plain_trainer, tmp_path
 ):
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)

@@ -1,20 +1,30 @@
-"""Steps that are not one forward, one backward, one update: ``None``, and LBFGS."""
+"""Steps that are not one forward, one backward, one update: ``None``, LBFGS, an overflow."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_aux as aux
+from lightning_aux.registry import ENTRIES
+from tests.contract import models as contract
+from tests.contract.references import EarlyLearning, Reference, Taught, reference
+from tests.contract.training import fit, loader, seeded
 from tests.engine.small_models import (
     Blind,
     Classifier,
     Probe,
     Shrink,
     largest_difference,
+    leaves,
     rows,
     weights,
 )
@@ -117,3 +127,213 @@ def test_an_optimizer_that_calls_the_step_of_its_base_class_steps_once(plain_tra
     plain_trainer(callbacks=[teacher, probe]).fit(Heir(), rows())
     assert teacher.updates == 6
     assert probe.seen == [0, 1, 2, 3, 4, 5]
+
+
+# ------------------------------------------------------------- steps that a gradient scaler skips
+class Rounded(nn.Module):
+    """Part of a teacher; what it gives out is float32, as the formulas want it."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x).float()
+
+
+class Overflowing(contract.Classifier):
+    """Its loss is infinite in the batches 0 and 3 of training, under `16-mixed` on the CPU."""
+
+    fused = False
+    batches = 0
+
+    def total_loss(self, batch: Any) -> Tensor:
+        loss = super().total_loss(batch)
+        self.batches += 1
+        return loss * float("inf") if self.batches - 1 in OVERFLOWS else loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.02, fused=self.fused)
+
+
+class ByBatch(L.Callback):
+    """Copies what may move, after every batch."""
+
+    def __init__(self, look: Callable[[Overflowing], Any]) -> None:
+        self.look = look
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen.append(deepcopy(self.look(pl_module)))
+
+
+class Sorted(aux.Objective):
+    """A head on features; its first weights are kept for the loop by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(WEIGHT, reads=("encoder",))
+
+    def build_head(self, module: nn.Module) -> nn.Module:
+        head = nn.Linear(contract.HIDDEN, contract.CLASSES)
+        self.first = deepcopy(head)
+        return head
+
+    def loss(self, step: aux.Step) -> Tensor:
+        return F.cross_entropy(self.head(step.features("encoder")).float(), step.target)
+
+
+class Counted(aux.Objective):
+    """Keeps the number of steps taken; its loss does not touch the user's infinite one."""
+
+    observes = True
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(weight)
+        self.seen: list[int] = []
+
+    def loss(self, step: aux.Step) -> Tensor:
+        self.seen.append(step.progress.steps)
+        return step.logits.detach().mean() * 0.0
+
+
+class SortedByHand(Reference):
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def term(self, module: Any, batch: Any, logits: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(module.encoder(batch[0])).float(), batch[1])
+
+
+OVERFLOWS = (0, 3)
+BATCHES = 10
+WEIGHT = "linear(0.2, 1, until=50%)"
+KINDS = {
+    "automatic": {},
+    "manual": {"manual": True},
+    "fused": {"fused": True},
+    "manual and fused": {"manual": True, "fused": True},
+}
+
+
+def new(manual: bool = False, fused: bool = False, dropout: float = 0.2) -> Overflowing:
+    module = seeded(Overflowing, dropout=dropout, manual=manual)
+    module.fused = fused
+    return module
+
+
+def half_precision() -> MixedPrecision:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+
+
+def two_epochs() -> Iterator[Any]:
+    """Each loader draws a random number when its epoch begins, which dropout then comes after."""
+    for _ in range(2):
+        yield from loader(indexed=True)
+
+
+def by_hand(term: Reference, **kind: Any) -> dict[str, Tensor]:
+    """The same training as a loop; what is not a model's weight moves on real steps only."""
+    module = new(**kind)
+    optimizer = module.configure_optimizers()
+    if isinstance(term, SortedByHand):
+        optimizer.param_groups[0]["params"].extend(term.head.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    term.begin(module)
+    if isinstance(term, Taught):
+        term.teacher = nn.Sequential(*map(Rounded, term.teacher)).eval()
+    L.seed_everything(1, verbose=False)
+    steps = 0
+    for place, batch in enumerate(two_epochs()):
+        term.before(module, steps, BATCHES)
+        weight = 0.2 + 0.8 * steps / 5 if steps < 5 else 1.0
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            logits = module(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            loss = loss * float("inf") if place in OVERFLOWS else loss
+            loss = loss + weight * term.term(module, batch, logits.float())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if place in OVERFLOWS:
+            if isinstance(term, EarlyLearning):
+                term.pending = {}
+        else:
+            steps += 1
+            with torch.no_grad():
+                term.stepped(module)
+    assert scaler.get_scale() == 2.0**8
+    return weights(module)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "entry", [name for name, each in ENTRIES.items() if each.objective or not each.inert]
+)
+def test_f16_training_with_steps_that_the_scaler_skips_is_that_of_a_loop_by_hand(
+    entry: str, kind: str
+) -> None:
+    """Teachers, the weight's schedule, rates and memories know of the real steps only."""
+    module = new(**KINDS[kind])
+    trainer = fit(module, ENTRIES[entry].make(WEIGHT), plugins=[half_precision()])
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**8
+    actual = weights(module)
+    expected = by_hand(reference(entry), **KINDS[kind])
+    # Rounding in float16, where the user's gradient and the term's are added in another order.
+    assert largest_difference(actual, expected) < 1e-4
+    without = by_hand(Reference(), **KINDS[kind])
+    assert largest_difference(expected, without) > 3e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_f16_a_skipped_step_moves_no_teacher_memory_schedule_rate_or_head(kind: str) -> None:
+    """By batch: nothing at 0 and 3, everything at the others."""
+    teacher, elr = aux.EMATeacher(decay=0.9), aux.EarlyLearningRegularization(weight=0.5)
+    rate = aux.DropoutSchedule(0.5, until="100%", shape="linear")
+    head, factors = Sorted(), Counted(0.0)
+    shrink = Shrink(WEIGHT)
+
+    def look(module: Overflowing) -> dict[str, Any]:
+        rows = elr.targets.rows
+        return {
+            "updates": teacher.updates,
+            "teacher": {n: v for n, v in teacher.state()["weights"].items() if "num" not in n},
+            "memory": None if rows is None else rows.clone(),
+            "head": dict(head.head.named_parameters()),
+            "weights": dict(module.named_parameters()),
+        }
+
+    by_batch = ByBatch(look)
+    rates: list[float] = []
+    noted = ByBatch(lambda module: rates.append(module.encoder[-1].p))
+    attached = [teacher, elr, rate, head, factors, shrink, aux.SelfDistillation(), by_batch, noted]
+    module = new(**KINDS[kind])
+    fit(module, attached, plugins=[half_precision()])
+    real = [place not in OVERFLOWS for place in range(BATCHES)]
+    taken = [sum(real[:place]) for place in range(BATCHES)]
+    assert factors.seen == taken
+    assert rates == pytest.approx([0.5 * (1 - steps / 9) for steps in taken])
+    assert [each["updates"] for each in by_batch.seen] == [sum(real[: p + 1]) for p in range(10)]
+    for place in range(1, BATCHES):
+        before, after = by_batch.seen[place - 1], by_batch.seen[place]
+        for what in ("teacher", "memory", "head", "weights"):
+            one, other = list(leaves(before[what])), list(leaves(after[what]))
+            same = [torch.equal(x, y) for x, y in zip(one, other, strict=True)]
+            assert not any(same) if real[place] else all(same), (place, what)
+    start = dict(new().named_parameters())
+    assert all(torch.equal(v, start[n]) for n, v in by_batch.seen[0]["weights"].items())
+    assert all(torch.equal(v, start[n]) for n, v in by_batch.seen[0]["teacher"].items())
+    assert float(by_batch.seen[0]["memory"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_f16_a_head_trains_as_in_a_loop_by_hand_that_skips_the_same_steps(kind: str) -> None:
+    """Without dropout: the loop makes the features a second time."""
+    how = {**KINDS[kind], "dropout": 0.0}
+    head, module = Sorted(), new(**how)
+    fit(module, [head], plugins=[half_precision()])
+    hand = SortedByHand(deepcopy(head.first))
+    assert largest_difference(weights(module), by_hand(hand, **how)) < 1e-4
+    assert largest_difference(weights(head.head), weights(hand.head)) < 1e-4
+    assert largest_difference(weights(head.first), weights(hand.head)) > 0.05

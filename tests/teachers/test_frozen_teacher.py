@@ -89,7 +89,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle", "nested"])
-def test_a_file_that_would_run_something_is_refused_and_runs_nothing(form, plain_trainer, tmp_path):
+def test_f78_a_file_that_would_run_something_is_refused_and_runs_nothing(
+    form, plain_trainer, tmp_path
+):
     path, proof = tmp_path / "bad.ckpt", tmp_path / "it_ran"
     bomb = Bomb(proof)
     if form == "pickle":
@@ -107,7 +109,7 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(form, plain
     assert equal(weights(model), before)
 
 
-def test_names_of_classes_and_functions_in_a_file_are_not_followed(plain_trainer, tmp_path):
+def test_f78_names_of_classes_and_functions_in_a_file_are_not_followed(plain_trainer, tmp_path):
     """``_instantiator`` in the hyperparameters ran any function before Lightning 2.6.6 (F78)."""
     path, proof = tmp_path / "named.ckpt", tmp_path / "it_ran"
     torch.save(

@@ -42,7 +42,7 @@ TEACHERS = {"frozen": aux.FrozenTeacher, "ema": lambda: aux.EMATeacher(decay=0.5
 
 @pytest.mark.parametrize("calls_train", [False, True])
 @pytest.mark.parametrize("name", TEACHERS)
-def test_every_module_of_the_teacher_evaluates_while_the_student_trains(
+def test_f29_every_module_of_the_teacher_evaluates_while_the_student_trains(
     name, calls_train, plain_trainer
 ):
     """Also after a validation, and when the user calls ``self.train()`` (F29)."""
@@ -55,7 +55,9 @@ def test_every_module_of_the_teacher_evaluates_while_the_student_trains(
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_students_statistics_and_random_stream_are_as_without_a_teacher(name, plain_trainer):
+def test_f71_the_students_statistics_and_random_stream_are_as_without_a_teacher(
+    name, plain_trainer
+):
     """F71: running statistics move once per step, with the student's batch alone."""
     results = []
     ask = Blind(lambda step: step.teacher(name).logits)
@@ -69,7 +71,7 @@ def test_the_students_statistics_and_random_stream_are_as_without_a_teacher(name
     assert int(results[1][0]["encoder.1.num_batches_tracked"]) == 12
 
 
-def test_a_frozen_teachers_statistics_stay_those_of_the_start(plain_trainer):
+def test_f29_a_frozen_teachers_statistics_stay_those_of_the_start(plain_trainer):
     model = Normed()
     initial = {n: b.clone() for n, b in model.named_buffers()}
 
@@ -83,7 +85,7 @@ def test_a_frozen_teachers_statistics_stay_those_of_the_start(plain_trainer):
     assert probe.seen == [True] * 6
 
 
-def test_two_passes_of_one_teacher_over_one_batch_are_identical(plain_trainer):
+def test_f29_two_passes_of_one_teacher_over_one_batch_are_identical(plain_trainer):
     """Dropout is off: what the teacher says of a batch is a function of the batch."""
 
     def look(step: aux.Step) -> bool:

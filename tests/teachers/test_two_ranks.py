@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("start", [0, 2])
-def test_both_ranks_hold_the_same_teacher_and_saving_changes_nothing(
+def test_f22_both_ranks_hold_the_same_teacher_and_saving_changes_nothing(
     folder: Path, buffers: str, start: int
 ) -> None:
     ranks = [torch.load(folder / f"{buffers}.{start}.{rank}.pt") for rank in (0, 1)]
@@ -31,3 +31,9 @@ def test_both_ranks_hold_the_same_teacher_and_saving_changes_nothing(
     assert len(expected) == 6 - start
     for other in others:
         assert all(equal(*pair) for pair in zip(expected, other, strict=True))
+
+
+def test_the_step_by_which_torch_makes_a_state_to_save_moves_no_teacher(folder: Path) -> None:
+    """For sharded parameters it takes one with zero gradients, where there is none to save yet."""
+    for rank in (0, 1):
+        assert torch.load(folder / f"updates.{rank}.pt") == [3, 3]

@@ -77,7 +77,9 @@ class Around(Classifier):
 
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
 @pytest.mark.parametrize("kind", MODULES)
-def test_the_pass_with_a_teachers_weights_is_that_of_a_module_that_has_them(kind, plain_trainer):
+def test_f75_the_pass_with_a_teachers_weights_is_that_of_a_module_that_has_them(
+    kind, plain_trainer
+):
     """Copied by rebuilding and ``load_state_dict``: ``deepcopy`` refuses some of these (F75)."""
     torch.manual_seed(8)
     model = Around(MODULES[kind])
@@ -130,7 +132,7 @@ def test_the_flat_weights_of_an_lstm_are_exchanged_too():
     assert torch.equal(lstm(x)[0], own)
 
 
-def test_tied_weights_are_held_once_and_stay_tied():
+def test_f75_tied_weights_are_held_once_and_stay_tied():
     module = Tied()
     store = WeightStore(module)
     assert sorted(store.state_dict()) == [
@@ -148,7 +150,7 @@ def test_tied_weights_are_held_once_and_stay_tied():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_whatever_is_raised_inside_the_users_weights_come_back(error):
+def test_f11_whatever_is_raised_inside_the_users_weights_come_back(error):
     module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     store = WeightStore(module)
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_the_students_graph_survives_the_exchange():
     assert equal(*gradients)
 
 
-def test_a_module_without_shapes_yet_is_a_named_error(plain_trainer):
+def test_f75_a_module_without_shapes_yet_is_a_named_error(plain_trainer):
     class Lazy(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -263,7 +265,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_an_update_is_one_operation_for_each_dtype_however_many_tensors():
+def test_f77_an_update_is_one_operation_for_each_dtype_however_many_tensors():
     module = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(20)))
     store = WeightStore(module)
     with torch.no_grad(), Counting() as weights_moved:

@@ -1,0 +1,75 @@
+"""``Passes``: the step's batch through the model once more, for a teacher or with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import torch
+
+from lightning_aux.engine.distributed import data_rank
+from lightning_aux.engine.replay import Unobserved
+from lightning_aux.engine.step import Call, Record, StepState
+
+if TYPE_CHECKING:
+    from lightning_aux.engine.engine import Engine
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Runs the model again, and records what passes through the tapped modules meanwhile."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._capture = engine.capture
+        self._unobserved = Unobserved(engine.module)
+
+    def teacher(self, name: str, state: StepState, asked_by: str) -> Record:
+        """The teacher's pass over this batch; run on first use, once per step."""
+        if name not in state.teachers:
+            engine = self._engine
+            teacher = engine.teacher(name, asked_by)
+            record = Record(state.record.batch, f"the teacher {name!r}")
+            forward = engine.locations.forward
+            if forward is None:
+                run = engine.model_call.again(state.record, asked_by)
+            else:
+                run = partial(forward, engine.module, record.batch)
+            before, self._capture.record = self._capture.record, record
+            try:
+                with teacher.weights_in_place(), self._unobserved.evaluated(state.loss.device):
+                    returned = run()
+            finally:
+                self._capture.record = before
+            if forward is not None:
+                record.calls[""] = [Call((), {}, returned)]
+            state.teachers[name] = record
+        return state.teachers[name]
+
+    def student(
+        self,
+        state: StepState,
+        asked_by: str,
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+    ) -> Record:
+        """A pass with the student's weights and gradients; run whenever asked."""
+        trainer = self._engine.trainer
+        state.passes += 1
+        where = (asked_by, trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
+        # Of the run's seed and the place alone, so that a resumed run draws the same; processes
+        # that see other data draw other masks.
+        drawn = crc32(repr((*where, data_rank(trainer.strategy))).encode())
+        seed = (torch.initial_seed() + drawn) % 2**63
+        record = Record(state.record.batch, "the second pass")
+        run = self._engine.model_call.again(state.record, asked_by, arguments, keywords)
+        before, self._capture.record = self._capture.record, record
+        try:
+            with self._unobserved.repeated(state.loss.device, seed):
+                run()
+        finally:
+            self._capture.record = before
+        return record

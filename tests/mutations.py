@@ -1,0 +1,431 @@
+"""Breaks every promise once and shows which test notices: ``make mutations``.
+
+Each mutation is one replacement in a copy of the package, made in the way a promise forbids. The
+tests named beside it run against the copy; the first that fails is written into the table of
+``docs/mutations.md``. One that survives ends the command with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "mutations.md"
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One breakage.
+
+    Attributes:
+        promise: line of the contract.
+        what: the breakage in words.
+        file: below ``lightning_aux/``.
+        old: text there, which occurs once.
+        new: what stands there instead.
+        tests: arguments of pytest.
+    """
+
+    promise: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _contract(number: int) -> str:
+    return str(next((ROOT / "tests/contract").glob(f"test_c{number:02}_*.py")).relative_to(ROOT))
+
+
+TWO = "tests/contract/strategies"
+MUTATIONS = [
+    Mutation(
+        "C1",
+        "the teacher runs in training mode",
+        "engine/replay.py",
+        'each.__dict__["training"] = False',
+        'each.__dict__["training"] = True',
+        f"{_contract(1)} {_contract(2)} tests/teachers/test_teacher_modes.py",
+    ),
+    Mutation(
+        "C1",
+        "a second pass draws from the user's random stream",
+        "engine/replay.py",
+        "with torch.random.fork_rng(devices=cuda):\n                yield",
+        "if True:\n                yield",
+        "tests/engine/test_second_pass.py tests/engine/test_copies_and_second_passes.py",
+    ),
+    Mutation(
+        "C1",
+        "a head is built from the user's random stream",
+        "engine/engine.py",
+        "with torch.random.fork_rng(devices=cuda):",
+        "if True:",
+        f"{_contract(1)} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C2",
+        "a term counts 0.1 % too much",
+        "engine/running.py",
+        "total = total + weights[name] * term",
+        "total = total + 1.001 * weights[name] * term",
+        _contract(2),
+    ),
+    Mutation(
+        "C2",
+        "the term does not join a dict output",
+        "engine/running.py",
+        'return {**output, "loss": loss}',
+        "return output",
+        _contract(2),
+    ),
+    Mutation(
+        "C2",
+        "the weight is that of the step before",
+        "engine/running.py",
+        "weight = objective.weight_at(state.progress[objective.optimizer].steps)",
+        "weight = objective.weight_at(max(0, state.progress[objective.optimizer].steps - 1))",
+        _contract(2),
+    ),
+    Mutation(
+        "C2",
+        "with two optimizers a term joins the backward of the other",
+        "engine/running.py",
+        "toggled == objective.optimizer",
+        "toggled != objective.optimizer",
+        "tests/engine/test_manual_optimisation.py",
+    ),
+    Mutation(
+        "C2",
+        "running statistics move in a second pass",
+        "engine/replay.py",
+        "            held[key] = copies[id(buffer)]",
+        "            held[key] = buffer",
+        "tests/engine/test_second_pass.py",
+    ),
+    Mutation(
+        "C3",
+        "rows are not gathered from the other process",
+        "engine/distributed.py",
+        "    if processes() == 1:\n        return tensors",
+        "    return tensors",
+        TWO,
+    ),
+    Mutation(
+        "C3",
+        "a silent head gets no zero gradient",
+        "engine/heads.py",
+        "return torch.cat([part.flatten()[:1] for part in parts]).sum() * 0.0",
+        "return 0.0",
+        f"{TWO} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C3",
+        "processes do not tell each other about terms that are not finite",
+        "engine/finite.py",
+        "            dist.all_reduce(codes, op=dist.ReduceOp.MAX)\n",
+        "",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "a teacher's pass uses parameters that the student's has gathered",
+        "teachers/store.py",
+        "        for module in self._gathering:\n            module.reshard()",
+        "        return",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "the student trains on with the teacher's parts",
+        "teachers/store.py",
+        "                torch._foreach_copy_(shards, contents)",
+        "                pass",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "every process begins with a head of its own",
+        "engine/distributed.py",
+        "        dist.broadcast(tensor.detach(), 0)",
+        "        pass",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "a head is not sharded, so nothing synchronises it",
+        "engine/heads.py",
+        "        if shards_parameters(strategy):",
+        "        if False:",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "the distance of weights leaves out the other process's part",
+        "functional/shards.py",
+        "            if placement.is_shard():",
+        "            if False:",
+        TWO,
+    ),
+    Mutation(
+        "C4",
+        "checkpoints hold one process's part",
+        "functional/shards.py",
+        "tensor.detach().full_tensor() if is_sharded(tensor)",
+        "tensor.detach().to_local() if is_sharded(tensor)",
+        TWO,
+    ),
+    Mutation(
+        "C5",
+        "no fp32 island",
+        "functional/precision.py",
+        "return tensor.float() if tensor.dtype in (float16, bfloat16) else tensor",
+        "return tensor",
+        f"{_contract(5)} tests/functional tests/engine/test_precision_and_dtypes.py",
+    ),
+    Mutation(
+        "C5",
+        "autocast hands the teacher the student's cast weights",
+        "engine/replay.py",
+        "cache_enabled=False",
+        "cache_enabled=True",
+        _contract(5),
+    ),
+    Mutation(
+        "C5",
+        "averages are kept in half precision",
+        "teachers/store.py",
+        "return value.to(torch.float32, copy=True) if value.dtype in _HALF else value.clone()",
+        "return value.clone()",
+        f"{_contract(5)} tests/teachers",
+    ),
+    Mutation(
+        "C5",
+        "what waited for a skipped step happens at the next",
+        "engine/stepping.py",
+        "            if place is not None:  # what waited for a step that a gradient scaler has "
+        "skipped\n                self._deferred[place].clear()\n",
+        "",
+        f"{_contract(5)} tests/engine/test_skipped_steps.py tests/engine/test_second_fit.py",
+    ),
+    Mutation(
+        "C6",
+        "teachers move with every micro-batch",
+        "engine/running.py",
+        '        record = Record(self._batch_of(args, kwargs), "student")',
+        "        for each in engine.overriding('after_optimizer_step'):\n"
+        "            each.after_optimizer_step(now[each.optimizer])\n"
+        '        record = Record(self._batch_of(args, kwargs), "student")',
+        _contract(6),
+    ),
+    Mutation(
+        "C6",
+        "memories move at once",
+        "engine/running.py",
+        "            self._stepping.defer(objective.optimizer, acts[name])",
+        "            [act() for act in acts[name]]",
+        _contract(6),
+    ),
+    Mutation(
+        "C7",
+        "the clock begins anew",
+        "engine/engine.py",
+        'saved.get("steps", [',
+        '{}.get("steps", [0 *',
+        _contract(7),
+    ),
+    Mutation(
+        "C7",
+        "the number of updates begins anew",
+        "teachers/teacher.py",
+        'self.updates = int(state["updates"])',
+        "self.updates = 0",
+        f"{_contract(7)} tests/teachers",
+    ),
+    Mutation(
+        "C7",
+        "the moments of heads begin anew",
+        "engine/heads.py",
+        "    optimizer.state.update(alone.state)",
+        "    return",
+        f"{_contract(7)} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C8",
+        "heads stay in the module",
+        "engine/heads.py",
+        "        self._module._modules.pop(ATTRIBUTE, None)",
+        "        return",
+        f"{_contract(8)} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C8",
+        "heads stay in the optimizer's saved state",
+        "engine/heads.py",
+        "            with self.aside():\n                return function(*args, **kwargs)",
+        "            return function(*args, **kwargs)",
+        f"{_contract(8)} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C8",
+        "the averaged weights stay in the model and are saved",
+        "teachers/store.py",
+        "                if not is_sharded(data):\n                    parameter.data = data",
+        "                pass",
+        f"{_contract(8)} tests/teachers",
+    ),
+    Mutation(
+        "C9",
+        "an argument from YAML reaches nothing",
+        "objectives/ema_anchor.py",
+        "EMATeacher(decay, teacher, warmup, every, start, buffers)",
+        "EMATeacher(decay, teacher, warmup, 1, start, buffers)",
+        f"{_contract(9)} tests/objectives/test_ema_anchor.py",
+    ),
+    Mutation(
+        "C10",
+        "aux/total leaves the terms out",
+        "engine/running.py",
+        "state.total = state.total + total.detach()",
+        "state.total = state.total + loss.detach()",
+        _contract(10),
+    ),
+    Mutation(
+        "C10",
+        "the logged weight is not the one used",
+        "engine/running.py",
+        'weights[objective.name] = values[f"aux/{objective.name}/weight"] = weight',
+        'weights[objective.name] = weight; values[f"aux/{objective.name}/weight"] = 1.0',
+        _contract(10),
+    ),
+    Mutation(
+        "C11",
+        "the forward hooks of a compiled module keep nothing",
+        "engine/capture.py",
+        "            record.add(self._path, Call(arguments, keywords, kept))\n            return",
+        "            return",
+        f"{_contract(11)} tests/engine/test_compile.py",
+    ),
+    Mutation(
+        "C11",
+        "a compiled submodule is not found under its own path",
+        "engine/taps.py",
+        'return name.replace("_orig_mod.", "").removesuffix("._orig_mod")',
+        "return name",
+        f"{_contract(11)} tests/engine/test_compile.py",
+    ),
+    Mutation(
+        "C12",
+        "hooks on modules stay",
+        "engine/capture.py",
+        "        for handle in self._handles:\n            handle.remove()",
+        "        return",
+        _contract(12),
+    ),
+    Mutation(
+        "C12",
+        "wrapped methods stay",
+        "engine/patches.py",
+        "        while self._done:",
+        "        while False:",
+        _contract(12),
+    ),
+    Mutation(
+        "C12",
+        "heads stay in the optimizer after the end",
+        "engine/engine.py",
+        "            self.heads.leave()\n",
+        "",
+        f"{_contract(12)} tests/engine/test_heads.py",
+    ),
+    Mutation(
+        "C12",
+        "the weights are not put back when a teacher's pass raises",
+        "teachers/store.py",
+        "            yield\n        finally:\n            if shards:",
+        "            yield\n        except ZeroDivisionError:\n            pass\n        else:\n"
+        "            if shards:",
+        "tests/teachers tests/faults",
+    ),
+    Mutation(
+        "C13",
+        "a wrong path is answered without near matches",
+        "engine/errors.py",
+        '        return "Near matches: " +',
+        '        return "" and',
+        _contract(13),
+    ),
+    Mutation(
+        "C13",
+        "a term that is not finite passes",
+        "engine/finite.py",
+        "FINE if math.isfinite(x) else kind",
+        "FINE if True else kind",
+        _contract(13),
+    ),
+    Mutation(
+        "C14",
+        "terms are summed in the order of the list",
+        "engine/engine.py",
+        "        self.objectives.sort(key=lambda each: each.name)",
+        "",
+        f"{_contract(14)}",
+    ),
+]
+
+
+def survives(mutation: Mutation) -> str | None:
+    """Run the mutation's tests on a broken copy; the first test that fails, or ``None``."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        skipped = shutil.ignore_patterns("__pycache__", ".*")
+        for name in ("lightning_aux", "tests", "recipes", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=skipped)
+        for name in ("pyproject.toml", "README.md", "constraints.txt", "Makefile", "mkdocs.yml"):
+            shutil.copy(ROOT / name, copy / name)
+        path = copy / "lightning_aux" / mutation.file
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        try:
+            ended = subprocess.run(
+                [*command, *mutation.tests.split()],
+                cwd=copy,
+                env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end within {TIMEOUT} s"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", ended.stdout, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def main() -> int:
+    """Write the page; 1 if a mutation survived."""
+    with ThreadPoolExecutor(int(os.environ.get("WORKERS", "2"))) as pool:
+        caught = list(pool.map(survives, MUTATIONS))
+    rows = []
+    for mutation, test in zip(MUTATIONS, caught, strict=True):
+        print(f"{mutation.promise}  {mutation.what}: {test or 'SURVIVED'}")
+        shown = f"`{test}`" if test and "::" in test else test or "**survived**"
+        rows.append(f"| {mutation.promise} | {mutation.what} | {shown} |")
+    head = PAGE.read_text().split("<!-- generated -->")[0]
+    table = "\n".join(["| | broken | noticed first by |", "|---|---|---|", *rows])
+    PAGE.write_text(f"{head}<!-- generated -->\n\n{table}\n")
+    return int(None in caught)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
