@@ -43,7 +43,8 @@ class Capture:
     def drop(self, paths: Iterable[str]) -> None:
         """Remove the hooks at ``paths``."""
         for path in paths:
-            self._hooks.pop(path).remove()
+            self._hooks[path].remove()
+            del self._hooks[path]
 
     def paths(self, path: str, asked_by: str) -> list[str]:
         """The hooked module paths that ``path`` stands for.

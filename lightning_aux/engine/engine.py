@@ -332,17 +332,21 @@ class Engine:
 
     # --------------------------------------------------------------------------------- detaching
     def detach(self) -> None:
-        """Take every hook, wrapper and attribute away; safe to call twice."""
+        """Take every hook, wrapper and attribute away.
+
+        Safe to call twice, and to be called again if Ctrl-C interrupts it.
+        """
         if self._detached:
             return
-        self._detached = True
         try:
             for member in self.members.values():
                 member.stop()
         finally:
             if self._running is not None:
+                self.passes.stop()
                 self._running.stop()
             self.capture.clear()
             self.heads.hide()
             self.heads.leave()
             self._patches.undo()
+        self._detached = True

@@ -153,22 +153,28 @@ class Heads:
         return called_without_heads
 
     def leave(self) -> None:
-        """Take the heads out of the optimizers; what these remember of them is kept here."""
-        if self._left is not None:
-            return
-        self._left = []
-        for optimizer, parameters in self._joined():
+        """Take the heads out of the optimizers; what these remember of them is kept here.
+
+        To be called again if Ctrl-C interrupts it.
+        """
+        joined = self._joined()
+        if self._left is None:
+            self._left = [
+                {each: optimizer.state[each] for each in parameters if each in optimizer.state}
+                for optimizer, parameters in joined
+            ]
+        for optimizer, parameters in joined:
             ours = set(map(id, parameters))
             group = optimizer.param_groups[0]["params"]
             group[:] = [each for each in group if id(each) not in ours]
-            state = optimizer.state
-            self._left.append({each: state.pop(each) for each in parameters if each in state})
+            for each in parameters:
+                optimizer.state.pop(each, None)
 
     def _return(self) -> None:
         assert self._left is not None
         for (optimizer, parameters), states in zip(self._joined(), self._left, strict=True):
-            optimizer.param_groups[0]["params"].extend(parameters)
             optimizer.state.update(states)
+            optimizer.param_groups[0]["params"].extend(parameters)
         self._left = None
 
     # ------------------------------------------------------------------------------ checkpoints

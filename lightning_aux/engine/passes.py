@@ -27,6 +27,10 @@ class Passes:
         self._capture = engine.capture
         self._unobserved = Unobserved(engine.module)
 
+    def stop(self) -> None:
+        """Undo what an interrupted pass has left."""
+        self._unobserved.restore()
+
     def teacher(self, name: str, state: StepState, asked_by: str) -> Record:
         """The teacher's pass over this batch; run on first use, once per step."""
         if name not in state.teachers:

@@ -70,11 +70,11 @@ class Patches:
 
     def undo(self) -> None:
         """Put everything back, the latest replacement first."""
-        while self._done:
-            owner, name, value, before = self._done.pop()
-            if owner.__dict__.get(name, _ABSENT) is not value:
-                continue
-            if before is _ABSENT:
-                del owner.__dict__[name]
-            else:
-                owner.__dict__[name] = before
+        while self._done:  # each is forgotten once it is done, should Ctrl-C come in between
+            owner, name, value, before = self._done[-1]
+            if owner.__dict__.get(name, _ABSENT) is value:
+                if before is _ABSENT:
+                    del owner.__dict__[name]
+                else:
+                    owner.__dict__[name] = before
+            self._done.pop()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 __all__ = ["Unobserved"]
@@ -31,6 +32,7 @@ class Unobserved:
         # Watched in the first pass; after it only those that the model updates in its forward.
         self._metrics = [each for each in module.modules() if isinstance(each, Metric)]
         self._settled = False
+        self._undone: list[Callable[[], None]] = []  # what is still to be undone
 
     @contextmanager
     def evaluated(self, device: torch.device) -> Iterator[None]:
@@ -46,16 +48,10 @@ class Unobserved:
             enabled=torch.is_autocast_enabled(device.type),
             cache_enabled=False,
         )
-        # nn.Module.__setattr__ costs a microsecond a call, and .eval() may be overridden by the
-        # user; ``training`` is a plain entry of the instance dictionary.
-        for each in modules:
-            each.__dict__["training"] = False
-        try:
+        with self._undoing(partial(_set_training, modules, True)):
+            _set_training(modules, False)
             with self._aside(device), torch.no_grad(), autocast:
                 yield
-        finally:
-            for each in modules:
-                each.__dict__["training"] = True
 
     @contextmanager
     def repeated(self, device: torch.device, seed: int) -> Iterator[None]:
@@ -72,15 +68,26 @@ class Unobserved:
         ]
         # All of them: a kernel such as batch_norm's writes without a trace that could be asked for.
         copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-        for held, key, buffer in buffers:
-            held[key] = copies[id(buffer)]
-        try:
+        with self._undoing(partial(_hold, buffers)):
+            _hold([(held, key, copies[id(buffer)]) for held, key, buffer in buffers])
             with self._aside(device):
                 torch.manual_seed(seed)
                 yield
+
+    def restore(self) -> None:
+        """Undo what an interrupted pass has left; to be called again if that is interrupted."""
+        while self._undone:
+            self._undone[-1]()
+            self._undone.pop()
+
+    @contextmanager
+    def _undoing(self, undo: Callable[[], None]) -> Iterator[None]:
+        self._undone.append(undo)
+        try:
+            yield
         finally:
-            for held, key, buffer in buffers:
-                held[key] = buffer
+            undo()
+            self._undone.pop()
 
     @contextmanager
     def _aside(self, device: torch.device) -> Iterator[None]:
@@ -88,15 +95,17 @@ class Unobserved:
         log: dict[str, Any] = {name: own[name] for name in _LOGGING if name in own}
         cuda = [device] if device.type == "cuda" else []
         metrics = [_contents(each) for each in self._metrics]
-        own.update(dict.fromkeys(_LOGGING, _silent))
-        try:
-            with torch.random.fork_rng(devices=cuda):
-                yield
-        finally:
+
+        def undo() -> None:
             for name in _LOGGING:
-                del own[name]
+                own.pop(name, None)
             own.update(log)
             self._put_back(metrics)
+
+        with self._undoing(undo):
+            own.update(dict.fromkeys(_LOGGING, _silent))
+            with torch.random.fork_rng(devices=cuda):
+                yield
 
     def _put_back(self, metrics: list[dict[str, Any]]) -> None:
         updated = []
@@ -106,6 +115,18 @@ class Unobserved:
                 updated.append(metric)
         if not self._settled:
             self._metrics, self._settled = updated, True
+
+
+def _set_training(modules: list[nn.Module], training: bool) -> None:
+    # nn.Module.__setattr__ costs a microsecond a call, and .eval() may be overridden by the user;
+    # ``training`` is a plain entry of the instance dictionary.
+    for each in modules:
+        each.__dict__["training"] = training
+
+
+def _hold(buffers: list[tuple[dict[str, Any], str, Tensor]]) -> None:
+    for held, key, buffer in buffers:
+        held[key] = buffer
 
 
 def _contents(metric: Metric) -> dict[str, Any]:

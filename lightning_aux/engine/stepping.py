@@ -86,7 +86,8 @@ class Stepping:
     def stop(self) -> None:
         """Let go of the optimizers."""
         while self._hooks:
-            self._hooks.pop().remove()
+            self._hooks[-1].remove()
+            self._hooks.pop()
 
     def _place(self, optimizer: Any) -> int | None:
         """The position of an optimizer, or of Lightning's wrapper around it."""

@@ -19,6 +19,11 @@ from lightning_aux.functional.shards import gathered, is_sharded, local, part_of
 __all__ = ["WeightStore"]
 
 _Pairs: TypeAlias = tuple[list[Tensor], list[Tensor]]
+# What the module holds while other values are in place: parameters; of sharded ones the parts and
+# their contents; buffers by name here, holder and key.
+_Kept: TypeAlias = tuple[
+    list[Tensor], list[Tensor], list[Tensor], list[tuple[str, dict[str, Any], str, Tensor]]
+]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -66,6 +71,7 @@ class WeightStore:
             (f"{prefix}." if prefix else "", owner._buffers, owner._non_persistent_buffers_set)
             for prefix, owner in module.named_modules()
         ]
+        self._kept: _Kept | None = None
         self.buffers: dict[str, Tensor] = {}
         self._plan = self._follow(self.buffers)
         self._planned_for: list[tuple[int, torch.Size] | None] | None = None
@@ -141,33 +147,46 @@ class WeightStore:
         Of sharded parameters the contents are exchanged, since FSDP2 gathers from the memory that
         it knows; whole parameters that a forward has left in place are given up before and after.
         """
-        places = self._places()
+        try:
+            self._exchange()
+            yield
+        finally:
+            self.restore()
+
+    def _exchange(self) -> None:
         kept = [parameter.data for parameter in self._live]
         shards = [local(kept[place]) for place in self._sharded]
         contents = [shard.clone() for shard in shards]
-        try:
-            self._reshard()
-            if shards:
-                values = [local(self._values[place]) for place in self._sharded]
-                torch._foreach_copy_(shards, values)
-            for parameter, value in zip(self._live, self._values, strict=True):
-                if not is_sharded(value):
-                    fits = value.dtype == parameter.dtype
-                    parameter.data = value if fits else value.to(parameter)
-            for name, held, key, buffer in places:
-                ours = self.buffers.get(name)
-                if ours is not None and _alike(ours, buffer):
-                    held[key] = ours
-            yield
-        finally:
-            if shards:
-                torch._foreach_copy_(shards, contents)
-            for parameter, data in zip(self._live, kept, strict=True):
-                if not is_sharded(data):
-                    parameter.data = data
-            for _, held, key, buffer in places:
-                held[key] = buffer
-            self._reshard()
+        places = self._places()
+        self._reshard()
+        self._kept = kept, shards, contents, places  # noted before anything changes
+        if shards:
+            torch._foreach_copy_(shards, [local(self._values[place]) for place in self._sharded])
+        for parameter, value in zip(self._live, self._values, strict=True):
+            if not is_sharded(value):
+                parameter.data = value if value.dtype == parameter.dtype else value.to(parameter)
+        for name, held, key, buffer in places:
+            ours = self.buffers.get(name)
+            if ours is not None and _alike(ours, buffer):
+                held[key] = ours
+
+    def restore(self) -> None:
+        """Give the module its own values back, where it has not got them.
+
+        To be called again if Ctrl-C interrupts it.
+        """
+        if self._kept is None:
+            return
+        kept, shards, contents, places = self._kept
+        if shards:
+            torch._foreach_copy_(shards, contents)
+        for parameter, data in zip(self._live, kept, strict=True):
+            if not is_sharded(data):
+                parameter.data = data
+        for _, held, key, buffer in places:
+            held[key] = buffer
+        self._reshard()
+        self._kept = None
 
     def _reshard(self) -> None:
         """Give up gathered parameters: the next forward or backward gathers what is there then."""

@@ -134,6 +134,10 @@ class Teacher(Attached):
         live = [each for each in self.engine.module.parameters() if each.requires_grad]
         return live, [each.detach() for each in live]
 
+    def stop(self) -> None:
+        if self.store is not None:  # Ctrl-C may have come while it was putting the weights back
+            self.store.restore()
+
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"updates": self.updates}
         if self.store is not None:
