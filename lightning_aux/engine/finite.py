@@ -73,7 +73,9 @@ class Verdicts:
             for term in terms.values()
         ]
         values = torch.stack([term.to(torch.float32) for term in each])
-        codes = torch.stack([term.isfinite() for term in each]).logical_not() * float(NONFINITE)
+        # In float32 whatever the default dtype is: the ranks of a large run are not whole in bf16.
+        codes = torch.stack([term.isfinite() for term in each]).logical_not().to(torch.float32)
+        codes *= NONFINITE
         for place, term in enumerate(terms.values()):
             if term is None:
                 codes[place] = FAILED

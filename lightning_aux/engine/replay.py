@@ -87,7 +87,7 @@ class Unobserved:
             yield
         finally:
             undo()
-            self._undone.pop()
+            self._undone.remove(undo)  # not the last: an interrupted one within stays
 
     @contextmanager
     def _aside(self, device: torch.device) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,18 +33,21 @@ def ema_update_(shadow: list[Tensor], live: list[Tensor], decay: float) -> None:
     if dtypes == {value.dtype for value in live} and len(dtypes) == 1 and _averageable(*dtypes):
         torch._foreach_lerp_(shadow, live, 1 - decay)
         return
-    groups: defaultdict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+    groups: defaultdict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
     for average, value in zip(shadow, live, strict=True):
-        dtype = average.dtype
-        averages, values = groups[average.device, dtype]
+        averages, values = groups[average.device, average.dtype, value.dtype]
         averages.append(average)
-        values.append(value if value.dtype == dtype else value.to(dtype))
-    for (_, dtype), (averages, values) in groups.items():
-        if _averageable(dtype):
-            torch._foreach_lerp_(averages, values, 1 - decay)
-        else:
+        values.append(value)
+    for (_, dtype, live_dtype), (averages, values) in groups.items():
+        if not _averageable(dtype):
             torch._foreach_copy_(averages, values)
+            continue
+        if live_dtype != dtype:  # one operation casts them all
+            cast = [torch.empty_like(average) for average in averages]
+            torch._foreach_copy_(cast, values)
+            values = cast
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def _averageable(dtype: torch.dtype) -> bool:

@@ -34,7 +34,7 @@ class SampleMemory:
         size = (step.dataset_size, width)
         index = step.index
         if self.rows is None:
-            self.rows = torch.zeros(size, device=index.device)
+            self.rows = torch.zeros(size, dtype=torch.float32, device=index.device)
         elif tuple(self.rows.shape) != size:
             raise AuxiliaryError(
                 f"the memory per sample has {tuple(self.rows.shape)} rows and columns, but the "
