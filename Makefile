@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,14 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 .PHONY: docs
 docs: $(STAMP) ## Build the documentation into site/, warnings being errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(SITE))
+
+.PHONY: support
+support: $(STAMP) ## Write docs/support.md from a run of the contract suite
+	$(MAKE) --no-print-directory test ARGS="tests/contract --support-matrix docs/support.md $(ARGS)"
+
+.PHONY: mutations
+mutations: $(STAMP) ## Break every promise once and write docs/mutations.md
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.mutations
 
 .PHONY: bench
 bench: $(STAMP) ## Measure what attaching costs per step, one process at a time

@@ -3,7 +3,8 @@
 Callbacks for a Trainer, entries of a LightningCLI recipe, or mixins: one implementation.
 """
 
-from lightning_aux import functional
+# Before anything here imports Lightning, which these two do not.
+from lightning_aux import functional, malicious_releases  # noqa: F401
 from lightning_aux.engine import AuxiliaryError, Pass, Progress, Step
 from lightning_aux.mixin import AuxiliaryMixin
 from lightning_aux.registry import *  # noqa: F403 - the registry is the list of public classes

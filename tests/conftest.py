@@ -17,7 +17,19 @@ import lightning as L
 import pytest
 import torch
 
+from tests.support_matrix import SupportMatrix
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make support`` says where the table goes."""
+    parser.addoption("--support-matrix", type=Path, help="write entries by strategies to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what passes where."""
+    config.pluginmanager.register(SupportMatrix(config.getoption("--support-matrix")))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,18 @@ class Capture:
             for name, module in found.items():
                 if name not in self._hooks:
                     self._hooks[name] = _Hook(self, name, module)
+
+    def settle(self, record: Record) -> None:
+        """The model has run: what it has not overwritten is kept as it is, not as a copy."""
+        hooks: set[_Hook] = set()
+        for calls in record.calls.values():
+            for call in calls:
+                if isinstance(call, _Captured) and call.hook is not None:
+                    call.settle(call.hook)
+                    hooks.add(call.hook)
+                    call.hook = None
+        for hook in hooks:
+            hook.settled()
 
     def drop(self, paths: Iterable[str]) -> None:
         """Remove the hooks at ``paths``."""
@@ -85,22 +98,47 @@ class Capture:
         return path in self._hooks
 
 
+@dataclass
+class _Captured(Call):
+    """A call whose tensors may be copies, beside the originals and how often these were written."""
+
+    hook: _Hook | None = None
+    given: tuple[Any, ...] = ()
+    given_versions: list[int] = field(default_factory=list)
+    original: Any = None
+    original_versions: list[int] = field(default_factory=list)
+
+    def settle(self, hook: _Hook) -> None:
+        """Once the model has run: the originals, where it has not overwritten them.
+
+        A copy is no part of the graph that leads on to the loss.
+        """
+        if versions(self.given) == self.given_versions:
+            self.arguments = self.given
+        else:
+            self.lost += () if hook.copies_input else ("input",)
+            hook.overwrites_input = True
+        if versions((self.original,)) == self.original_versions:
+            self.returned = self.original
+        else:
+            self.lost += () if hook.copies_output else ("features",)
+            hook.overwrites_output = True
+
+
 class _Hook:
     """The two forward hooks of one module.
 
-    An in-place operation, in the module (its input) or after it (its output), would change what was
-    captured. Where that happens is a property of the model, so the first capture is copied and
-    compared with the original afterwards: where that has been written to, copies go on.
+    An in-place operation, in the module or after it, would change what was captured. Where that
+    happens is a property of the model: copies are made in the first step, and after it where
+    the originals turned out to be overwritten.
     """
 
     def __init__(self, capture: Capture, path: str, module: nn.Module) -> None:
         self._capture = capture
         self._path = path
-        self._copies_input = self._copies_output = True
-        self._given: tuple[Any, ...] = ()
-        self._before: list[int] = []
-        self._first: Tensor | None = None
-        self._version = -1
+        self.copies_input = self.copies_output = True
+        self.overwrites_input = self.overwrites_output = False
+        self._entered: tuple[tuple[Any, ...], list[int]] = ((), [])
         self._handles = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -110,15 +148,17 @@ class _Hook:
         for handle in self._handles:
             handle.remove()
 
+    def settled(self) -> None:
+        """The first step is over: copy what the model overwrites."""
+        self.copies_input, self.copies_output = self.overwrites_input, self.overwrites_output
+
     def _enter(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         if self._capture.record is None or torch.compiler.is_compiling():
             return
-        self._before = versions(arguments)
-        self._given = arguments
-        if self._copies_input:
-            self._given = tree_map_only(Tensor, Tensor.clone, arguments)
+        given = tree_map_only(Tensor, Tensor.clone, arguments) if self.copies_input else arguments
+        self._entered = given, versions(arguments)
 
     def _leave(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
@@ -131,19 +171,12 @@ class _Hook:
             kept = returned.clone() if isinstance(returned, Tensor) else returned
             record.add(self._path, Call(arguments, keywords, kept))
             return
-        given, self._given = self._given, ()
-        self._copies_input = versions(arguments) != self._before
-        record.add(self._path, Call(given, keywords, self._unchanging(returned)))
-
-    def _unchanging(self, returned: Any) -> Any:
-        if not self._copies_output or not isinstance(returned, Tensor) or returned.is_inference():
-            return returned
-        if self._first is not None:
-            self._copies_output = self._first._version != self._version
-            self._first = None
-        if self._version < 0:
-            self._first, self._version = returned, returned._version
-        return returned.clone() if self._copies_output else returned
+        (given, before), self._entered = self._entered, ((), [])
+        copied = self.copies_output and isinstance(returned, Tensor) and not returned.is_inference()
+        call = _Captured(given, keywords, returned.clone() if copied else returned, hook=self)
+        call.given, call.given_versions = arguments, before
+        call.original, call.original_versions = returned, versions((returned,))
+        record.add(self._path, call)
 
 
 def versions(arguments: tuple[Any, ...]) -> list[int]:

@@ -182,6 +182,7 @@ class Running:
     def _add_terms(self, state: StepState, loss: Tensor, joining: list[TermLike]) -> Tensor:
         """Main + Σ weight · term, over the objectives that join this backward."""
         engine = self._engine
+        self._capture.settle(state.record)
         state.loss = loss
         values: dict[str, Any] = {}
         weights: dict[str, float] = {}

@@ -34,6 +34,9 @@ class Progress:
     fraction: float | None
 
 
+_LOST = {"features": "the output of", "input": "the input of"}
+
+
 @dataclass
 class Call:
     """One call of a module: what went in and what came out."""
@@ -42,6 +45,8 @@ class Call:
     keywords: dict[str, Any]
     returned: Any
     overwritten: bool = False
+    lost: tuple[str, ...] = ()
+    """What of it the model has overwritten before it could be copied: ``features``, ``input``."""
 
 
 @dataclass
@@ -168,6 +173,12 @@ class Pass:
                     f"model runs: Taps(forward=lambda module, batch: ...)."
                     f"{self._engine.capture.note_on_compilation()}"
                 )
+            if kind in call.lost:
+                raise AuxiliaryError(
+                    f"{self._asked_by}: {_LOST[kind]} {each!r} was overwritten in place by the "
+                    f"model, in this step and not in the first. Let the operation after it be one "
+                    f"that is not in place."
+                )
             found[each] = call.returned if kind == "features" else _first_argument(call)
         return found.get(path, found)
 
@@ -285,7 +296,10 @@ class Step(Pass):
         Only for objectives that declare ``needs = ("index",)``.
         """
         if self._state.index is None:
-            self._state.index = self._engine.indices.current(self._asked_by).to(self.loss.device)
+            index, device = self._engine.indices.current(self._asked_by), self.loss.device
+            if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+                index = index.pin_memory()
+            self._state.index = index.to(device, non_blocking=True)
         return self._state.index
 
     @property

@@ -44,7 +44,11 @@ def attached(added: list[Attached], **model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("returns", ["tensor", "dict"])
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize(
+    "manual",
+    [False, pytest.param(True, marks=pytest.mark.vouches("manual"))],
+    ids=["automatic", "manual"],
+)
 @every_changing_entry
 def test_training_equals_the_hand_written_term(entry: str, manual: bool, returns: str) -> None:
     expected = by_hand(reference(entry), 0.7, manual=manual, returns=returns)

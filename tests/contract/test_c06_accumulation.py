@@ -26,11 +26,13 @@ from tests.contract.training import (
     weights,
 )
 
+pytestmark = pytest.mark.vouches("accumulation")
+
 B, WINDOW = 4, 4
 
 
 @every_term
-def test_four_batches_accumulated_equal_one_of_four_times_the_size(entry: str) -> None:
+def test_f41_four_batches_accumulated_equal_one_of_four_times_the_size(entry: str) -> None:
     whole = seeded(Classifier)
     fit(whole, callbacks(entry), loader(48, B * WINDOW), max_epochs=3)
     parts = seeded(Classifier)

@@ -30,6 +30,8 @@ from tests.contract.training import (
     weights,
 )
 
+pytestmark = pytest.mark.vouches("resume")
+
 WEIGHT = "linear(0.2, 1, until=100%)"
 MODEL: dict[str, Any] = {"dropout": 0.2, "norm": True, "optimizer": "adam", "reseeds": True}
 EPOCHS, STEPS = 4, 5

@@ -71,7 +71,9 @@ class Term(Objective):
     ],
     ids=["on", "glob", "Taps", "reads"],
 )
-def test_a_path_that_matches_nothing_lists_near_matches_before_training(added: list[Any]) -> None:
+def test_f33_a_path_that_matches_nothing_lists_near_matches_before_training(
+    added: list[Any],
+) -> None:
     message, steps = refusal(seeded(Classifier), added)
     assert "no module of Classifier has the path 'encodr" in message
     assert "Near matches: " in message

@@ -3,6 +3,7 @@
 Peer failures are named by their id: F79 is the malicious uploads of Lightning 2.6.2 and 2.6.3.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -157,3 +158,25 @@ def test_no_file_names_a_registry_or_a_path_of_a_machine() -> None:
             if HOSTS_AND_PATHS.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert found == []
+
+
+@pytest.mark.parametrize("name", ["lightning", "pytorch-lightning"])
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_f79_a_malicious_release_is_refused_before_it_is_imported(
+    name: str, version: str, tmp_path: Path
+) -> None:
+    """Its metadata is read; the module itself, which would steal, is never run."""
+    info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for module in ("lightning", "pytorch_lightning"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('stolen')\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import lightning_aux"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"ImportError: {name} {version} was a malicious upload" in ended.stderr
+    assert "stolen" not in ended.stderr

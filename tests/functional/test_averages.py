@@ -17,7 +17,7 @@ def test_the_average_is_the_weighted_sum_of_all_values() -> None:
         torch.testing.assert_close(shadow[position], expected)
 
 
-def test_a_float32_shadow_of_bfloat16_weights_moves_where_a_bfloat16_one_cannot() -> None:
+def test_f17_a_float32_shadow_of_bfloat16_weights_moves_where_a_bfloat16_one_cannot() -> None:
     live = [torch.full((3,), 2.0, dtype=torch.bfloat16, requires_grad=True)]
     wide = [torch.ones(3)]
     for _ in range(100):

@@ -35,7 +35,7 @@ def f_kl_div(p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("shape", [(8, 2), (8, 17), (8, 1000), (4, 5, 17)])
-def test_kl_is_the_batch_mean_of_torch(shape: tuple[int, ...], temperature: float) -> None:
+def test_f30_kl_is_the_batch_mean_of_torch(shape: tuple[int, ...], temperature: float) -> None:
     student, teacher = logits(*shape)
     torch.testing.assert_close(
         kl_divergence(student, teacher, temperature), f_kl_div(teacher, student, temperature)
@@ -113,7 +113,7 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_keeps_its_size_when_the_temperature_changes(name: str) -> None:
+def test_f30_the_gradient_keeps_its_size_when_the_temperature_changes(name: str) -> None:
     student, teacher = logits(16, 10)
     norms = []
     for temperature in (8.0, 16.0, 32.0, 64.0):
@@ -124,7 +124,7 @@ def test_the_gradient_keeps_its_size_when_the_temperature_changes(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_a_mask_drops_examples_but_still_divides_by_all(name: str, kind: torch.dtype) -> None:
+def test_f30_a_mask_drops_examples_but_still_divides_by_all(name: str, kind: torch.dtype) -> None:
     student, teacher = logits(4, 3, 17)
     mask = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) < 0.5
     kept = DIVERGENCES[name](student[mask], teacher[mask], 2.0)

@@ -1,0 +1,41 @@
+"""The results of each place, from one start of its two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.strategies import two_processes
+from tests.two_processes import run_script
+
+LIMIT = 300  # seconds for all jobs of a place; a deadlock would end there
+
+
+@pytest.fixture(scope="session")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`ended(place, job, rank=0)` is what that process wrote; the script runs on first use."""
+    folders: dict[str, Path] = {}
+    complaints: dict[str, str] = {}
+
+    def read(place: str, job: str, rank: int = 0) -> dict[str, Any]:
+        if place not in folders:
+            folders[place] = tmp_path_factory.mktemp("places") / place
+            folders[place].mkdir()
+            try:
+                run_script(two_processes.__file__, folders[place], timeout=LIMIT)
+            except (pytest.fail.Exception, TimeoutError) as error:  # earlier jobs have results
+                complaints[place] = str(error)
+        written = folders[place] / f"{job}.{rank}.pt"
+        if not written.exists():
+            pytest.fail(f"no result of {job!r}: {complaints.get(place, 'it is not a job')}")
+        found: dict[str, Any] = torch.load(written, weights_only=True)
+        if "error" in found:
+            pytest.fail(f"{job!r} on process {rank}:\n{found['error']}")
+        return found
+
+    read.folder = folders.__getitem__  # type: ignore[attr-defined]
+    return read

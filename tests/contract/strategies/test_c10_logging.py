@@ -1,0 +1,88 @@
+"""C10 in two processes: every process logs the same keys, and the terms add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_aux.registry import ENTRIES
+from tests.contract.strategies.jobs import HEAD
+from tests.contract.strategies.matrix import (
+    COMPARABLE,
+    every_case,
+    every_place,
+    furthest,
+    in_ddp,
+    in_one_process,
+)
+
+WITH_TERM = [name for name in COMPARABLE if name == HEAD or ENTRIES[name].objective]
+
+
+def ours(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    kept = [{key: row[key] for key in sorted(row) if key.startswith("aux/")} for row in rows]
+    return [row for row in kept if row]
+
+
+@every_place
+@every_case
+def test_every_process_logs_the_same_keys(ended: Any, place: str, entry: str) -> None:
+    first, second = (ours(ended(place, f"sgd {entry}", rank)["rows"]) for rank in (0, 1))
+    assert [list(row) for row in first] == [list(row) for row in second]
+    alone = ours(in_one_process(place, entry, "sgd")["rows"])
+    assert [list(row) for row in first] == [list(row) for row in alone]
+
+
+@every_place
+@pytest.mark.parametrize("entry", WITH_TERM)
+def test_on_every_process_main_and_weighted_term_add_up_to_the_total(
+    ended: Any, place: str, entry: str
+) -> None:
+    name = "probe" if entry == HEAD else ENTRIES[entry].objective
+    for rank in (0, 1):
+        rows = ours(ended(place, f"sgd {entry}", rank)["rows"])
+        assert len(rows) == 14
+        for row in rows:
+            term = row[f"aux/{name}/weight"] * row.get(f"aux/{name}", 0.0)
+            assert row["aux/main"] + term == pytest.approx(row["aux/total"], abs=1e-6)
+        assert sum(f"aux/{name}" in row for row in rows) == (11 if entry == HEAD else 14)
+
+
+@every_place
+@every_case
+def test_the_mean_of_what_two_processes_log_is_what_one_process_logs(
+    ended: Any, place: str, entry: str
+) -> None:
+    """Of sums over parameters too, which no process holds alone when they are sharded."""
+    first, second = (ours(ended(place, f"sgd {entry}", rank)["rows"]) for rank in (0, 1))
+    mean = [
+        {key: (one[key] + other[key]) / 2 for key in one}
+        for one, other in zip(first, second, strict=True)
+    ]
+    alone = ours(in_one_process(place, entry, "sgd")["rows"])
+    if entry == "dropout_schedule":  # the rate is the same, what is dropped is not
+        rate = "aux/dropout_schedule/p"
+        mean, alone = ([row[rate] for row in rows] for rows in (mean, alone))
+    assert furthest(mean, alone) < 1e-5
+
+
+@in_ddp
+def test_f42_a_term_on_one_process_only_ends_and_logs_the_same_keys(ended: Any, place: str) -> None:
+    """Beside a metric of the user's that is synchronised over processes."""
+    first, second = (ended(place, "one rank", rank) for rank in (0, 1))
+    assert first["global_step"] == second["global_step"] == 14
+    assert first["keys"] == second["keys"]
+    assert "aux/on_first_rank" in first["keys"][0]
+    assert "theirs" in first["keys"][0]
+    assert furthest(first["head"], second["head"]) == 0
+    assert furthest(first["weights"], second["weights"]) == 0
+
+
+@every_place
+def test_f67_one_process_starts_the_wandb_run_and_not_before_the_fit(
+    ended: Any, place: str
+) -> None:
+    for rank, begun in ((0, [0, 1]), (1, [0, 0])):  # after making the Trainer, after the fit
+        noted = ended(place, "wandb", rank)
+        assert noted["with us"] == noted["without"] == begun

@@ -1,0 +1,62 @@
+"""Heads in the ways of ddp that are strict about gradients, and rows that are gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.strategies.jobs import SILENT
+from tests.contract.strategies.matrix import every_place, in_ddp
+from tests.contract.training import identical
+
+ACTIVE = {
+    "at first": [step >= 5 for step in range(14)],
+    "every second step": [step % 2 == 1 for step in range(14)],
+    "always": [False] * 14,
+}
+
+
+@in_ddp
+@pytest.mark.parametrize("graph", ["", ", static graph"], ids=["", "static graph"])
+@pytest.mark.parametrize("silent", SILENT)
+def test_f39_the_reducer_gets_gradients_of_exactly_zero_from_a_silent_head(
+    ended: Any, place: str, silent: str, graph: str
+) -> None:
+    """`find_unused_parameters=False`: a parameter without a gradient would be an error."""
+    first, second = (ended(place, f"silent head {silent}{graph}", rank) for rank in (0, 1))
+    assert [largest > 0 for largest in first["gradients"]] == ACTIVE[silent]
+    assert identical(first, second)
+
+
+@every_place
+@pytest.mark.parametrize("silent", SILENT)
+def test_f39_a_silent_head_has_a_gradient_of_exactly_zero(
+    ended: Any, place: str, silent: str
+) -> None:
+    first = ended(place, f"silent head {silent}")
+    assert [largest > 0 for largest in first["gradients"]] == ACTIVE[silent]
+
+
+@in_ddp
+@pytest.mark.parametrize("silent", SILENT)
+def test_f39_a_static_graph_changes_nothing(ended: Any, place: str, silent: str) -> None:
+    plain, static = (ended(place, f"silent head {silent}{each}") for each in ("", ", static graph"))
+    assert identical(plain, static)
+
+
+@every_place
+def test_f44_f45_rows_of_every_process_are_kept_in_the_order_of_ranks(
+    ended: Any, place: str
+) -> None:
+    """Two of the first and four of the second; then none of the first and three of the second.
+
+    What is gathered here is remembered, never differentiated: no term needs a gradient through it.
+    """
+    rows = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
+    for rank in (0, 1):
+        gathered = ended(place, "gather", rank)
+        assert torch.equal(gathered["rows"], rows)
+        assert torch.equal(gathered["doubled"], torch.stack([rows, 2 * rows], dim=1))
+        assert torch.equal(gathered["first has none"], rows[2:5])
