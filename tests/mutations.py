@@ -222,10 +222,10 @@ MUTATIONS = [
         "C6",
         "teachers move with every micro-batch",
         "engine/running.py",
-        '        record = Record(self._batch_of(args, kwargs), "student")',
+        '        record = Record(apart(self._batch_of(args, kwargs)), "student")',
         "        for each in engine.overriding('after_optimizer_step'):\n"
         "            each.after_optimizer_step(now[each.optimizer])\n"
-        '        record = Record(self._batch_of(args, kwargs), "student")',
+        '        record = Record(apart(self._batch_of(args, kwargs)), "student")',
         _contract(6),
     ),
     Mutation(

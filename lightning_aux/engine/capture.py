@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
 
-__all__ = ["Capture", "versions"]
+__all__ = ["Capture", "apart", "versions"]
+
+Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Capture:
@@ -103,7 +106,7 @@ class _Captured(Call):
     """A call whose tensors may be copies, beside the originals and how often these were written."""
 
     hook: _Hook | None = None
-    given: tuple[Any, ...] = ()
+    given: Given = ((), {})
     given_versions: list[int] = field(default_factory=list)
     original: Any = None
     original_versions: list[int] = field(default_factory=list)
@@ -114,11 +117,11 @@ class _Captured(Call):
         A copy is no part of the graph that leads on to the loss.
         """
         if versions(self.given) == self.given_versions:
-            self.arguments = self.given
+            self.arguments, self.keywords = self.given
         else:
             self.lost += () if hook.copies_input else ("input",)
             hook.overwrites_input = True
-        if versions((self.original,)) == self.original_versions:
+        if versions(self.original) == self.original_versions:
             self.returned = self.original
         else:
             self.lost += () if hook.copies_output else ("features",)
@@ -138,7 +141,8 @@ class _Hook:
         self._path = path
         self.copies_input = self.copies_output = True
         self.overwrites_input = self.overwrites_output = False
-        self._entered: tuple[tuple[Any, ...], list[int]] = ((), [])
+        self._entered: tuple[Given, list[int]] = ((), {}), []
+        self._clones: Given = (), {}
         self._handles = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, with_kwargs=True),
@@ -157,8 +161,9 @@ class _Hook:
     ) -> None:
         if self._capture.record is None or torch.compiler.is_compiling():
             return
-        given = tree_map_only(Tensor, Tensor.clone, arguments) if self.copies_input else arguments
-        self._entered = given, versions(arguments)
+        given: Given = apart((arguments, keywords))
+        self._clones = tree_map_only(Tensor, Tensor.clone, given) if self.copies_input else given
+        self._entered = given, versions(given)
 
     def _leave(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
@@ -171,18 +176,42 @@ class _Hook:
             kept = returned.clone() if isinstance(returned, Tensor) else returned
             record.add(self._path, Call(arguments, keywords, kept))
             return
-        (given, before), self._entered = self._entered, ((), [])
+        (given, before), self._entered = self._entered, (((), {}), [])
         copied = self.copies_output and isinstance(returned, Tensor) and not returned.is_inference()
-        call = _Captured(given, keywords, returned.clone() if copied else returned, hook=self)
-        call.given, call.given_versions = arguments, before
-        call.original, call.original_versions = returned, versions((returned,))
+        kept = returned.clone() if copied else returned
+        clones, self._clones = self._clones, ((), {})
+        call = _Captured(*clones, kept, hook=self)
+        call.given, call.given_versions = given, before
+        call.original, call.original_versions = returned, versions(returned)
         record.add(self._path, call)
 
 
-def versions(arguments: tuple[Any, ...]) -> list[int]:
-    """How often each tensor among the arguments has been written to."""
+def apart(nested: Any) -> Any:
+    """The same tensors in containers of their own.
+
+    A model may replace the entries of a dictionary, or the attributes of an object, that it is
+    called on. Whoever calls it again, or reads what it was given, needs them as they were.
+    """
+    if torch.compiler.is_compiling():
+        return nested
+    return tree_map(_apart, nested)
+
+
+def _apart(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor | nn.Module | str | int | float | None):
+        return leaf
+    try:
+        return copy(leaf)
+    except Exception:  # it does not want to be copied: nothing can be said of it
+        return leaf
+
+
+def versions(nested: Any) -> list[int]:
+    """How often each tensor in a nest has been written to."""
     if torch.compiler.is_compiling():  # a compiled graph has no version counters
         return []
     return [
-        each._version for each in arguments if isinstance(each, Tensor) and not each.is_inference()
+        each._version
+        for each in tree_leaves(nested)
+        if isinstance(each, Tensor) and not each.is_inference()
     ]

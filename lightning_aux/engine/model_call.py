@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_aux.engine.capture import Capture
+from lightning_aux.engine.capture import Capture, apart
 from lightning_aux.engine.distributed import is_fully_sharded
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
@@ -128,7 +128,12 @@ class ModelCall:
             model = self._module.get_submodule(self._path)
         elif is_fully_sharded(self._module):  # whose hooks gather its parameters
             model = self._module
-        return lambda: model(*arguments, **keywords)
+
+        def call_again() -> Any:
+            again, named = apart((tuple(arguments), dict(keywords)))
+            return model(*again, **named)
+
+        return call_again
 
 
 def _depends_on_graph(call: Call | None) -> bool:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from lightning_aux.engine.capture import apart
 from lightning_aux.engine.distributed import data_rank
 from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, StepState
@@ -41,7 +44,7 @@ class Passes:
             if forward is None:
                 run = engine.model_call.again(state.record, asked_by)
             else:
-                run = partial(forward, engine.module, record.batch)
+                run = partial(forward, engine.module, apart(record.batch))
             before, self._capture.record = self._capture.record, record
             try:
                 with teacher.weights_in_place(), self._unobserved.evaluated(state.loss.device):
@@ -50,6 +53,10 @@ class Passes:
                 self._capture.record = before
             if forward is not None:
                 record.calls[""] = [Call((), {}, returned)]
+            for call in (each for calls in record.calls.values() for each in calls):
+                # A model may switch gradients on by itself (forces are derivatives).
+                call.arguments = tree_map_only(Tensor, Tensor.detach, call.arguments)
+                call.returned = tree_map_only(Tensor, Tensor.detach, call.returned)
             state.teachers[name] = record
         return state.teachers[name]
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_aux.engine.capture import versions
+from lightning_aux.engine.capture import apart, versions
 from lightning_aux.engine.distributed import processes, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.finite import Trouble, Verdicts
@@ -65,9 +65,10 @@ class Running:
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
             if self._capture.record is None:
                 return forward(*args, **kwargs)
-            before = versions(args)
+            given, named = apart((args, kwargs))
+            before = versions((given, named))
             returned = forward(*args, **kwargs)
-            call = Call(args, kwargs, returned, overwritten=versions(args) != before)
+            call = Call(given, named, returned, overwritten=versions((given, named)) != before)
             self._capture.record.add("", call)
             return returned
 
@@ -99,7 +100,7 @@ class Running:
         now = [engine.progress(place) for place in range(len(engine.clocks))]
         for member in self._preparers:
             member.before_step(now[member.optimizer])
-        record = Record(self._batch_of(args, kwargs), "student")
+        record = Record(apart(self._batch_of(args, kwargs)), "student")
         batch_idx = self._trainer.fit_loop.epoch_loop.batch_idx
         state = self._now = StepState(record, batch_idx, now)
         stepped = engine.clocks.copy()

@@ -137,3 +137,83 @@ def test_without_a_teacher_a_model_may_overwrite_its_batch(plain_trainer):
     probe = Blind(lambda step: step.logits)
     plain_trainer(callbacks=[probe]).fit(Greedy(), rows())
     assert len(probe.seen) == 6
+
+
+class Graph:
+    """A batch as an object, which can be called like PyTorch Geometric's."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __call__(self) -> None: ...
+
+
+class Replacing(Classifier):
+    """Its forward replaces what is in the container that it is given."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, given: Any) -> Any:
+        if self.kind == "object":
+            given.x = self.encoder(given.x)
+            return self.classifier(given.x)
+        given[0] = self.encoder(given[0])
+        return self.classifier(given[0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        if self.kind == "object":
+            return F.cross_entropy(self(Graph(x)), y)
+        return F.cross_entropy(self([x] if self.kind == "list" else {0: x}), y)
+
+
+@pytest.mark.parametrize("kind", ["object", "list", "dict"])
+def test_a_teacher_is_given_what_the_model_was_given_and_not_what_it_left(kind, plain_trainer):
+    """Two teachers with the student's weights see what it saw, one after the other."""
+
+    def look(step: aux.Step) -> Any:
+        passes = [step.teacher("one"), step.teacher("two"), step.again()]
+        return [torch.equal(step.logits, each.logits) for each in passes]
+
+    probe = Blind(look)
+    teachers = [aux.FrozenTeacher("one"), aux.FrozenTeacher("two")]
+    plain_trainer(callbacks=[*teachers, probe], max_steps=1).fit(Replacing(kind), rows())
+    assert probe.seen == [[True, True, True]]
+
+
+@pytest.mark.parametrize("how", ["nested", "keyword"])
+def test_an_input_that_is_overwritten_in_a_container_or_by_keyword_is_a_named_error(
+    how, plain_trainer
+):
+    class Greedy(Classifier):
+        def forward(self, given: Any = None, x: Any = None) -> Any:
+            x = given["x"] if x is None else x
+            return super().forward(x.mul_(2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return F.cross_entropy(self({"x": x}) if how == "nested" else self(x=x), y)
+
+    probe = Blind(lambda step: step.teacher("frozen").logits)
+    with pytest.raises(aux.AuxiliaryError, match=r"Greedy\.forward\(\.\.\.\) writes into its own"):
+        plain_trainer(callbacks=[aux.FrozenTeacher(), probe]).fit(Greedy(), rows())
+
+
+def test_a_teacher_of_a_model_that_switches_gradients_on_has_none(plain_trainer):
+    """As models do whose output is a derivative: forces of an energy."""
+
+    class Forceful(Classifier):
+        def forward(self, x: Tensor) -> Any:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    def look(step: aux.Step) -> Any:
+        teacher = step.teacher("frozen")
+        seen = (teacher.logits, teacher.features("encoder"), teacher.input("classifier"))
+        return [step.logits.requires_grad, *(each.requires_grad for each in seen)]
+
+    probe = Blind(look, reads=("encoder", "classifier"))
+    plain_trainer(callbacks=[aux.FrozenTeacher(), probe], max_steps=1).fit(Forceful(), rows())
+    assert probe.seen == [[True, False, False, False]]
