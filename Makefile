@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,18 @@ demo: $(STAMP) ## Compare the objectives on MNIST-1D with 40 % label noise
 .PHONY: test
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+THIRD_PARTY := .venv-third-party
+
+$(THIRD_PARTY)/.installed: pyproject.toml constraints.txt constraints-third-party.txt
+	$(PYTHON) -m venv $(THIRD_PARTY)
+	$(THIRD_PARTY)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-third-party.txt -e '.[dev,third-party]'
+	@touch $@
+
+.PHONY: test-third-party
+test-third-party: $(THIRD_PARTY)/.installed ## Attach to modules that other packages ship (own environment)
+	OMP_NUM_THREADS=1 $(THIRD_PARTY)/bin/python -m pytest -n $(WORKERS) tests/third_party $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, formatting and types
@@ -62,5 +74,5 @@ bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
 
 .PHONY: clean
 clean: ## Remove the environment, the built site and the tools' caches
-	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(THIRD_PARTY) site build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

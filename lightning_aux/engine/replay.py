@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 __all__ = ["Unobserved"]
@@ -131,7 +131,10 @@ def _hold(buffers: list[tuple[dict[str, Any], str, Tensor]]) -> None:
 
 def _contents(metric: Metric) -> dict[str, Any]:
     names = (*metric._defaults, *_COUNTERS)
-    return {name: deepcopy(metric.__dict__[name]) for name in names}
+    # Tensors with their graph: a loss may be a metric, which remembers the value it returned.
+    held = {name: metric.__dict__[name] for name in names}
+    copies: dict[str, Any] = tree_map_only(Tensor, Tensor.clone, held)
+    return copies
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,8 @@ def resumed(shipped, path: Path) -> None:
     saved = torch.load(path, weights_only=False)["state_dict"]
     module.load_state_dict(saved, strict=True)
     for name, value in module.state_dict().items():
-        assert torch.equal(value, saved[name]), name
+        if isinstance(value, torch.Tensor):  # some keep plain values beside them
+            assert torch.equal(value, saved[name]), name
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=4,
@@ -37,7 +38,7 @@ def resumed(shipped, path: Path) -> None:
     remembered = sum(len(each.state) for each in trainer.optimizers)
     assert trainer.current_epoch == 4
     assert remembered <= len(trained), (remembered, len(trained))
-    assert any(not torch.equal(module.state_dict()[name], saved[name]) for name in saved)
+    assert any(not torch.equal(value, saved[name]) for name, value in module.named_parameters())
 
 
 def main(registry: str, folder: str) -> None:

@@ -1,15 +1,16 @@
 """LightningModules that other packages ship, each with a few samples of made-up data.
 
-They are built as the packages' own documentation builds them, small, and nothing of them is edited,
-subclassed or wrapped. Nothing here imports `lightning_aux`: one of the tests loads their checkpoints
-where it does not exist. A package that is not installed is skipped, so that the same file serves
-`make test` (only `transformers` is there) and `make test-third-party` (all of them).
+They are built as the packages' own documentation builds them, small, and nothing of them is
+edited, subclassed or wrapped. Nothing here imports `lightning_aux`: one of the tests loads their
+checkpoints where it does not exist. A package that is not installed is skipped, so that the same
+file serves `make test` (only `transformers` is there) and `make test-third-party` (all of them).
 
-Looked at for Python 3.11 with torch 2.13.0 and lightning 2.6.6, and left out: schnetpack (2.0 imports
-a name that torch no longer has, later ones conflict with these versions), pytorch-tabular (asks for a
-scikit-learn older than these), matgl (its dependencies did not resolve in minutes), lightly, anomalib
-and torchgeo (need torchvision), braindecode (ships plain modules, no LightningModule), neuralforecast
-(installs, but brings Ray, and time series are here already), pina (its modules want its own Trainer).
+Looked at for Python 3.11 with torch 2.13.0 and lightning 2.6.6, and left out: schnetpack (2.0
+imports a name that torch no longer has, later ones conflict with these versions), pytorch-tabular
+(asks for a scikit-learn older than these), matgl (its dependencies did not resolve in minutes),
+lightly, anomalib and torchgeo (need torchvision), braindecode (ships plain modules, no
+LightningModule), neuralforecast (installs, but brings Ray, and time series are here already), pina
+(its modules want its own Trainer).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Shipped:
         paths: key paths into the batch, with the same place written in Python.
         arguments: what every objective is given besides.
         dtype: torch's default dtype, where the package asks for one.
+        resumes_exactly: whether a run resumed within an epoch is the uninterrupted one, without us.
     """
 
     field: str
@@ -56,6 +58,7 @@ class Shipped:
     taps: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    resumes_exactly: bool = True
 
 
 class Resumable:
@@ -115,7 +118,7 @@ def chemprop_in_training(module: Any, batch: Any) -> Tensor:
     return logits
 
 
-# ----------------------------------------------------------------------------------------- graphs
+# ------------------------------------------------------------------------------------------- graphs
 def graphgym() -> tuple[L.LightningModule, DataLoader[Any]]:
     """A graph classifier, which writes its hidden states into the batch that it is given."""
     from torch_geometric.data import Data
@@ -221,7 +224,7 @@ SCVI: dict[str, Any] = {
 }
 
 
-# --------------------------------------------------------------------------------------- time series
+# -------------------------------------------------------------------------------------- time series
 def forecasting() -> tuple[L.LightningModule, DataLoader[Any]]:
     """A temporal fusion transformer; a batch is `(dict of inputs, (target, weight))`."""
     import numpy
@@ -352,6 +355,7 @@ def hugging_face() -> tuple[L.LightningModule, DataLoader[Any]]:
 SHIPPED: dict[str, Shipped] = {
     "chemprop": Shipped(
         field="chemistry",
+        resumes_exactly=False,
         imports=("chemprop",),
         build=chemprop,
         run=lambda module, batch: chemprop_in_training(module, batch)[:, 0],

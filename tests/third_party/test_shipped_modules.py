@@ -167,7 +167,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [part for part in one if not identical(one[part], other[part])]
 
 
-# ------------------------------------------------------------------------------------------- train
+# -------------------------------------------------------------------------------------------- train
 def test_every_term_is_logged_and_the_total_is_main_plus_weighted_terms(shipped, tmp_path):
     logged = Logged()
     train(shipped, [*all_three(shipped, 0.5), logged], tmp_path)
@@ -201,7 +201,7 @@ def test_weight_zero_leaves_training_bit_identical(shipped, tmp_path):
     assert differing(ended(module, trainer), plain) == []
 
 
-# ----------------------------------------------------------------------------------- what is seen
+# ------------------------------------------------------------------------------------- what is seen
 def test_the_teachers_output_is_that_of_a_copy_with_its_weights(shipped, tmp_path):
     """In every step, although the model may write into the batch or take gradients in its forward."""
     reference, _ = built(shipped)
@@ -245,10 +245,12 @@ def test_premise_resume_is_exact_without_us(shipped, tmp_path):
     path = tmp_path / "half.ckpt"
     whole = ended(*train(shipped, [Reseeded(), Saving(BATCHES, path)], tmp_path))
     resumed = train(shipped, [Reseeded()], tmp_path, ckpt_path=path, weights_only=False)
-    assert differing(ended(*resumed), whole) == []
+    assert (differing(ended(*resumed), whole) == []) == shipped.resumes_exactly
 
 
 def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(shipped, tmp_path):
+    if not shipped.resumes_exactly:
+        pytest.skip("it is not without us either, see the premise")
     path = tmp_path / "half.ckpt"
     first, again = all_three(shipped), all_three(shipped)
     whole = ended(*train(shipped, [*first, Reseeded(), Saving(BATCHES, path)], tmp_path))
@@ -315,7 +317,9 @@ def test_a_checkpoint_has_the_users_keys_and_one_of_ours(checkpoints, name):
     assert set(saved) - set(without) == {"lightning_aux"}
     assert list(saved["callbacks"]) == list(without["callbacks"])
     for ours, theirs in zip(saved["optimizer_states"], without["optimizer_states"], strict=True):
-        assert list(ours["state"]) == list(theirs["state"])
+        # A term on the weights gives a gradient to parameters that the package's loss never uses.
+        known = {each for group in theirs["param_groups"] for each in group["params"]}
+        assert set(theirs["state"]) <= set(ours["state"]) <= known
         assert len(ours["param_groups"]) == len(theirs["param_groups"])
         for one, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
             assert one["params"] == other["params"]
