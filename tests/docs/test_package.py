@@ -24,6 +24,8 @@ else:
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
+PINNED = ("constraints.txt", "constraints-third-party.txt")
+
 
 def requirements(name: str) -> list[Requirement]:
     """Every requirement on `name`, of the package and of its extras."""
@@ -33,7 +35,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    lines = [line for name in PINNED for line in (ROOT / name).read_text("utf-8").splitlines()]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
@@ -66,7 +68,7 @@ def test_every_requirement_has_a_pin_that_satisfies_it() -> None:
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:
-    text = (ROOT / "constraints.txt").read_text("utf-8")
+    text = "".join((ROOT / name).read_text("utf-8") for name in PINNED)
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert pins()["torch"] == "2.13.0"
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!]+", line)] == []

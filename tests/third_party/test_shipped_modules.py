@@ -203,7 +203,7 @@ def test_weight_zero_leaves_training_bit_identical(shipped, tmp_path):
 
 # ------------------------------------------------------------------------------------- what is seen
 def test_the_teachers_output_is_that_of_a_copy_with_its_weights(shipped, tmp_path):
-    """In every step, although the model may write into the batch or take gradients in its forward."""
+    """In every step, though the model may write into the batch or switch gradients on itself."""
     reference, _ = built(shipped)
     reference.eval()
     expected = []
