@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, Step
+from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, Step, TeacherLike
 from lightning_aux.schedule import Schedule
 from lightning_aux.taps import Taps
 
@@ -89,6 +89,7 @@ class Objective(Attached):
         self.optimizer = optimizer
         self.backward = backward
         self._weight_at: Callable[[int], float] | None = None
+        self._taught_by: list[TeacherLike] = []
         self._skipped = 0
 
     def loss(self, step: Step) -> Tensor:
@@ -103,8 +104,19 @@ class Objective(Attached):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(self, step)")
 
+    def learn_from(self, teacher: str, engine: Engine) -> None:
+        """Say in `check` that the term needs this teacher; its weight is 0 until that is ready.
+
+        Raises:
+            AuxiliaryError: no such teacher is attached, or it counts another optimizer's steps.
+        """
+        found = engine.teacher(teacher, self.name)
+        found.serve(self.optimizer, self.name)
+        self._taught_by.append(found)
+
     # ------------------------------------------------------------------------------- membership
     def attach(self, engine: Engine) -> None:
+        self._taught_by.clear()
         engine.contribute(self)
         unknown = set(self.needs) - {"index"}
         if unknown:
@@ -139,7 +151,8 @@ class Objective(Attached):
     def weight_at(self, steps: int) -> float:
         """The weight after ``steps`` optimizer steps."""
         assert self._weight_at is not None, "the schedule is bound when training starts"
-        return self._weight_at(steps)
+        ready = all(teacher.ready for teacher in self._taught_by)
+        return self._weight_at(steps) if ready else 0.0
 
     def skip(self) -> None:
         """Count a step whose term is left out."""

@@ -10,13 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutScheduleMixin
+from lightning_aux.averages import EMAWeights
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
 from lightning_aux.taps import Taps
-from lightning_aux.teachers import EMATeacher, FrozenTeacher
+from lightning_aux.teachers import (
+    EMATeacher,
+    FrozenTeacher,
+    RandomTeacher,
+    SnapshotTeacher,
+    SWATeacher,
+    VotedTeacher,
+)
 
 __all__ = [
     "DropoutSchedule",
@@ -24,12 +32,17 @@ __all__ = [
     "EMAAnchor",
     "EMAAnchorMixin",
     "EMATeacher",
+    "EMAWeights",
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "Objective",
+    "RandomTeacher",
+    "SWATeacher",
     "SelfDistillation",
     "SelfDistillationMixin",
+    "SnapshotTeacher",
     "Taps",
+    "VotedTeacher",
 ]
 
 
@@ -40,6 +53,7 @@ class Entry:
     Attributes:
         make: returns the callbacks; ``weight`` is that of the objective among them.
         objective: name of the objective, ``None`` for a teacher or a schedule alone.
+        begins: optimizer steps before the objective has something to learn from.
         inert: whether training with these callbacks is bit-identical to training without, at
             weight 0 (C1). True for everything but what changes the model's own behaviour.
     """
@@ -47,11 +61,44 @@ class Entry:
     make: Callable[[float | str], list[Attached]]
     objective: str | None = None
     inert: bool = True
+    begins: int = 0
 
 
 ENTRIES: dict[str, Entry] = {
     "ema_teacher": Entry(lambda weight: [EMATeacher(decay=0.9)]),
     "frozen_teacher": Entry(lambda weight: [FrozenTeacher()]),
+    "ema_weights": Entry(lambda weight: [EMAWeights(decay=0.9)]),
+    "swa_teacher": Entry(lambda weight: [SWATeacher(start=3, every=2)]),
+    "snapshot_distillation": Entry(
+        lambda weight: [
+            SnapshotTeacher(every=2, window=2),
+            SelfDistillation("snapshot", weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "voted_distillation": Entry(
+        lambda weight: [
+            VotedTeacher(every=2, snapshots=2),
+            SelfDistillation("voted", weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "random_distillation": Entry(
+        lambda weight: [
+            RandomTeacher(init="shuffle"),
+            SelfDistillation("random", weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "generations": Entry(
+        lambda weight: [
+            SnapshotTeacher("generation", every=4, restart=True),
+            SelfDistillation("generation", weight=weight),
+        ],
+        "self_distillation",
+        inert=False,
+        begins=4,
+    ),
     "dropout_schedule": Entry(
         lambda weight: [DropoutSchedule(p=0.3, mode="early", until="50%", shape="linear")],
         inert=False,

@@ -141,7 +141,7 @@ MUTATIONS = [
     Mutation(
         "C4",
         "a teacher's pass uses parameters that the student's has gathered",
-        "teachers/store.py",
+        "weights/store.py",
         "        for module in self._gathering:\n            module.reshard()",
         "        return",
         f"{TWO}/test_c03_c04_equals_one_process.py -k 'fsdp2 and not uneven'",
@@ -149,7 +149,7 @@ MUTATIONS = [
     Mutation(
         "C4",
         "the student trains on with the teacher's parts",
-        "teachers/store.py",
+        "weights/store.py",
         "            torch._foreach_copy_(shards, contents)",
         "            pass",
         f"{TWO}/test_c03_c04_equals_one_process.py -k 'fsdp2 and not uneven'",
@@ -205,7 +205,7 @@ MUTATIONS = [
     Mutation(
         "C5",
         "averages are kept in half precision",
-        "teachers/store.py",
+        "weights/store.py",
         "return value.to(torch.float32, copy=True) if value.dtype in _HALF else value.clone()",
         "return value.clone()",
         f"{_contract(5)} tests/teachers",
@@ -280,7 +280,7 @@ MUTATIONS = [
     Mutation(
         "C8",
         "the averaged weights stay in the model and are saved",
-        "teachers/store.py",
+        "weights/store.py",
         "            if not is_sharded(data):\n                parameter.data = data",
         "            pass",
         f"{_contract(8)} tests/teachers",
@@ -352,7 +352,7 @@ MUTATIONS = [
     Mutation(
         "C12",
         "the weights are not put back when a teacher's pass raises",
-        "teachers/store.py",
+        "weights/store.py",
         "            yield\n        finally:\n            self.restore()",
         "            yield\n            self.restore()\n"
         "        finally:\n            self._kept = None",

@@ -84,7 +84,7 @@ class AuxCLI(LightningCLI):
 
 def root_cause(error: BaseException) -> BaseException:
     """What a class raised when it was made, out of what the parser wrapped around it."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, AuxiliaryError):
         error = error.__cause__
     return error
 

@@ -4,9 +4,20 @@ Objectives, teachers and schedules are members of an engine and know only tensor
 """
 
 from lightning_aux.engine.attached import Attached
-from lightning_aux.engine.engine import Engine
+from lightning_aux.engine.engine import Engine, TeacherLike
 from lightning_aux.engine.errors import AuxiliaryError
-from lightning_aux.engine.step import Pass, Progress, Step
+from lightning_aux.engine.step import Pass, Progress, Step, Vote
 from lightning_aux.engine.taps import Locations, Tap
 
-__all__ = ["Attached", "AuxiliaryError", "Engine", "Locations", "Pass", "Progress", "Step", "Tap"]
+__all__ = [
+    "Attached",
+    "AuxiliaryError",
+    "Engine",
+    "Locations",
+    "Pass",
+    "Progress",
+    "Step",
+    "Tap",
+    "TeacherLike",
+    "Vote",
+]

@@ -140,6 +140,9 @@ class Attached(Callback):
     def check(self, engine: Engine) -> None:
         """Raise what can be known to be wrong before training; the model is complete."""
 
+    def move_model(self, engine: Engine, state: dict[str, Any] | None) -> None:
+        """Change the weights that training begins with, before any member looks at them."""
+
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         """Begin; ``state`` is what `state` returned when the checkpoint was saved."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from zlib import crc32
 
 import torch
@@ -27,18 +27,26 @@ from lightning_aux.engine.model_call import ModelCall
 from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.running import Running
-from lightning_aux.engine.step import Progress, Step
+from lightning_aux.engine.step import Progress, Step, Vote
 from lightning_aux.engine.taps import Locations
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from lightning_aux.schedule import Horizon, Schedule
+    from lightning_aux.schedule import Horizon
 
 __all__ = ["Engine", "TeacherLike", "TermLike"]
 
+Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
 ATTRIBUTE = "_lightning_aux"
 STATE_KEY = "lightning_aux"
+
+
+class Timed(Protocol[Value_co]):
+    """A `Schedule`, or an `Interval`."""
+
+    def bind(self, horizon: Horizon) -> Callable[[int], Value_co]: ...
 
 
 class TermLike(Protocol):
@@ -60,9 +68,12 @@ class TeacherLike(Protocol):
     """What the engine needs of a teacher."""
 
     name: str
+    vote: Vote | None
 
+    @property
+    def ready(self) -> bool: ...
     def serve(self, optimizer: int, asked_by: str) -> None: ...
-    def weights_in_place(self) -> AbstractContextManager[None]: ...
+    def weights_in_place(self) -> list[AbstractContextManager[None]]: ...
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]: ...
 
 
@@ -267,6 +278,8 @@ class Engine:
         if "heads" in saved and self.heads:
             self.heads.load(saved["heads"])
         for name, member in self.members.items():
+            member.move_model(self, states.get(name))
+        for name, member in self.members.items():
             member.start(self, states.get(name))
         self._restored = None
         self.passes = Passes(self)
@@ -283,7 +296,7 @@ class Engine:
         fraction = steps / total if total else None
         return Progress(steps, self.trainer.current_epoch, fraction)
 
-    def bind(self, schedule: Schedule, asked_by: str) -> Callable[[int], float]:
+    def bind(self, schedule: Timed[Value], asked_by: str) -> Callable[[int], Value]:
         """``schedule`` as a function of the optimizer steps of this training.
 
         Raises:

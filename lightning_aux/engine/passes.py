@@ -17,6 +17,8 @@ from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, StepState
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning_aux.engine.engine import Engine
 
 __all__ = ["Passes"]
@@ -34,31 +36,43 @@ class Passes:
         """Undo what an interrupted pass has left."""
         self._unobserved.restore()
 
-    def teacher(self, name: str, state: StepState, asked_by: str) -> Record:
-        """The teacher's pass over this batch; run on first use, once per step."""
+    def teacher(self, name: str, state: StepState, asked_by: str) -> list[Record]:
+        """The teacher's pass over this batch; run on first use, once per step.
+
+        One record for each set of weights that the teacher has.
+        """
         if name not in state.teachers:
-            engine = self._engine
-            teacher = engine.teacher(name, asked_by)
-            record = Record(state.record.batch, f"the teacher {name!r}")
-            forward = engine.locations.forward
-            if forward is None:
-                run = engine.model_call.again(state.record, asked_by)
-            else:
-                run = partial(forward, engine.module, apart(record.batch))
-            before, self._capture.record = self._capture.record, record
-            try:
-                with teacher.weights_in_place(), self._unobserved.evaluated(state.loss.device):
-                    returned = run()
-            finally:
-                self._capture.record = before
-            if forward is not None:
-                record.calls[""] = [Call((), {}, returned)]
-            for call in (each for calls in record.calls.values() for each in calls):
-                # A model may switch gradients on by itself (forces are derivatives).
-                call.arguments = tree_map_only(Tensor, Tensor.detach, call.arguments)
-                call.returned = tree_map_only(Tensor, Tensor.detach, call.returned)
-            state.teachers[name] = record
+            teacher = self._engine.teacher(name, asked_by)
+            whose = f"the teacher {name!r}"
+            state.teachers[name] = [
+                self._taught(weights, state, whose, asked_by)
+                for weights in teacher.weights_in_place()
+            ]
         return state.teachers[name]
+
+    def _taught(
+        self, weights: AbstractContextManager[None], state: StepState, whose: str, asked_by: str
+    ) -> Record:
+        engine = self._engine
+        record = Record(state.record.batch, whose)
+        forward = engine.locations.forward
+        if forward is None:
+            run = engine.model_call.again(state.record, asked_by)
+        else:
+            run = partial(forward, engine.module, apart(record.batch))
+        before, self._capture.record = self._capture.record, record
+        try:
+            with weights, self._unobserved.evaluated(state.loss.device):
+                returned = run()
+        finally:
+            self._capture.record = before
+        if forward is not None:
+            record.calls[""] = [Call((), {}, returned)]
+        for call in (each for calls in record.calls.values() for each in calls):
+            # A model may switch gradients on by itself (forces are derivatives).
+            call.arguments = tree_map_only(Tensor, Tensor.detach, call.arguments)
+            call.returned = tree_map_only(Tensor, Tensor.detach, call.returned)
+        return record
 
     def student(
         self,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
@@ -233,6 +233,33 @@ class Pass:
         return _tensor(found[0], self._asked_by, found[1])
 
 
+Vote: TypeAlias = Callable[[list[Tensor]], Tensor]
+
+
+class VotedPass(Pass):
+    """The passes of a teacher that has several sets of weights, as one.
+
+    `logits` are what they agree on, features and inputs are the mean over the sets; what the
+    model returned is that of the first.
+    """
+
+    def __init__(self, passes: list[Pass], vote: Vote) -> None:
+        first = passes[0]
+        super().__init__(first._engine, first._record, first._locations, first._asked_by)
+        self._passes = passes
+        self._vote = vote
+
+    @property
+    def logits(self) -> Tensor:
+        return self._vote([each.logits for each in self._passes])
+
+    def features(self, path: Tap | None = None) -> Any:
+        return _mean([each.features(path) for each in self._passes])
+
+    def input(self, path: Tap | None = None) -> Any:
+        return _mean([each.input(path) for each in self._passes])
+
+
 class Step(Pass):
     """The current training step, as one objective sees it.
 
@@ -316,8 +343,10 @@ class Step(Pass):
         Raises:
             AuxiliaryError: no teacher of that name is attached.
         """
-        record = self._engine.passes.teacher(name, self._state, self._asked_by)
-        return Pass(self._engine, record, self._locations, self._asked_by)
+        records = self._engine.passes.teacher(name, self._state, self._asked_by)
+        passes = [Pass(self._engine, each, self._locations, self._asked_by) for each in records]
+        vote = self._engine.teacher(name, self._asked_by).vote
+        return passes[0] if vote is None else VotedPass(passes, vote)
 
     def again(self, *arguments: Any, **keywords: Any) -> Pass:
         """One more pass through the model with the student's weights, with a gradient.
@@ -362,7 +391,7 @@ class StepState:
     passes: int = 0
     joined: set[str] = field(default_factory=set)
     index: Tensor | None = None
-    teachers: dict[str, Record] = field(default_factory=dict)
+    teachers: dict[str, list[Record]] = field(default_factory=dict)
     main: Tensor | float = 0.0
     total: Tensor | float = 0.0
     _loss: Tensor | None = None
@@ -375,6 +404,16 @@ class StepState:
     @loss.setter
     def loss(self, value: Tensor) -> None:
         self._loss = value
+
+
+def _mean(values: list[Any]) -> Any:
+    """The mean of tensors, or of every tensor in structures of one shape."""
+
+    def mean(*each: Any) -> Any:
+        averages = isinstance(each[0], Tensor) and each[0].is_floating_point()
+        return sum(each[1:], each[0]) / len(each) if averages else each[0]
+
+    return tree_map(mean, *values)
 
 
 def _has_grad(call: Call) -> bool:

@@ -4,7 +4,7 @@ Half-precision inputs are computed and returned in float32; only the student is 
 """
 
 from .anchors import output_anchor, squared_distance
-from .averages import ema_decay, ema_update_
+from .averages import ema_decay, ema_update_, power_decay, power_exponent, synthesis_weights
 from .divergences import (
     DIVERGENCES,
     entropy,
@@ -15,6 +15,7 @@ from .divergences import (
 from .dropout import dropout_rate
 from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
+from .votes import majority_vote, mean_vote
 
 __all__ = [
     "DIVERGENCES",
@@ -29,7 +30,12 @@ __all__ = [
     "feature_mse",
     "jensen_shannon_divergence",
     "kl_divergence",
+    "majority_vote",
+    "mean_vote",
     "output_anchor",
+    "power_decay",
+    "power_exponent",
     "reverse_kl_divergence",
     "squared_distance",
+    "synthesis_weights",
 ]

@@ -110,7 +110,7 @@ class EMAAnchor(Objective):
 
     def check(self, engine: Any) -> None:
         super().check(engine)
-        engine.teacher(self.teacher, self.name).serve(self.optimizer, self.name)
+        self.learn_from(self.teacher, engine)
 
     def loss(self, step: Step) -> Tensor:
         if self.space == "weight":

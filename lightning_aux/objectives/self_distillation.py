@@ -104,7 +104,7 @@ class SelfDistillation(Objective):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        engine.teacher(self.teacher, self.name).serve(self.optimizer, self.name)
+        self.learn_from(self.teacher, engine)
 
     def loss(self, step: Step) -> Tensor:
         teacher = step.teacher(self.teacher)

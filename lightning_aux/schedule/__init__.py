@@ -5,6 +5,7 @@
 """
 
 from .horizon import Duration, Horizon
+from .interval import Interval, Time
 from .parse import ScheduleError
 from .schedule import (
     Chain,
@@ -26,9 +27,11 @@ __all__ = [
     "Early",
     "Exponential",
     "Horizon",
+    "Interval",
     "Late",
     "Linear",
     "Schedule",
     "ScheduleError",
     "Steps",
+    "Time",
 ]

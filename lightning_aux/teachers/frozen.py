@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_aux.engine import AuxiliaryError, Engine
-from lightning_aux.teachers.store import WeightStore
 from lightning_aux.teachers.teacher import Teacher
+from lightning_aux.weights.store import WeightStore
 
 __all__ = ["FrozenTeacher"]
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
+from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Vote
 from lightning_aux.engine.distributed import has_flat_parameters
-from lightning_aux.teachers.store import WeightStore
+from lightning_aux.weights.store import WeightStore
 
 __all__ = ["Teacher"]
 
@@ -18,8 +18,14 @@ class Teacher(Attached):
     """A named second set of weights, shared by every objective that names it.
 
     Its forward runs at most once per step, in evaluation mode and without gradient, through the
-    user's own module with the weights exchanged. Every process holds the same teacher without
-    communication, because every process updates it from the same weights.
+    user's own module with the weights exchanged (a `VotedTeacher` has several sets). Every process
+    holds the same teacher without communication, because every process updates it from the same
+    weights.
+
+    Attributes:
+        updates: how often the weights have moved.
+        store: the weights; while there are none, they are the student's.
+        pending: decay of an update of the buffers that is still to come, see `defer_buffers`.
 
     Args:
         name: what objectives call it by (``teacher="..."``).
@@ -31,6 +37,12 @@ class Teacher(Attached):
         AuxiliaryError: before training, when objectives of different optimizers name one teacher,
             or the strategy shards parameters in another way than FSDP2.
     """
+
+    averages: bool = False
+    """Whether its weights follow the student's and can stand in for them."""
+
+    vote: Vote | None = None
+    """How predictions of several sets of weights are combined; ``None`` for one set."""
 
     def __init__(
         self,
@@ -48,7 +60,15 @@ class Teacher(Attached):
         self._serves: dict[str, int] = {}
         self.updates = 0
         self.store: WeightStore | None = None
-        self._pending: float | None = None  # decay of a buffer update that is still to come
+        self.pending: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "store": None}
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to learn from yet; until then objectives have no weight."""
+        return True
 
     def attach(self, engine: Engine) -> None:
         self._serves.clear()
@@ -88,17 +108,23 @@ class Teacher(Attached):
             )
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
-        self.updates, self.store, self._pending = 0, None, None
+        self._drop()
+        self.updates, self.pending = 0, None
         self.begin(engine.module)
         if state is None:
             return
         self.updates = int(state["updates"])
         if "weights" not in state:
-            self.store = None
+            self._drop()
             return
         self.store = self.store or self.new_store(engine.module)
         self.store.load_state_dict(state["weights"], self.name, state.get("buffers"))
-        self._pending = state.get("pending")
+        self.pending = state.get("pending")
+
+    def _drop(self) -> None:
+        if self.store is not None:
+            self.store.close()
+        self.store = None
 
     def begin(self, module: nn.Module) -> None:
         """Make the first weights; without any, the live weights are the teacher's."""
@@ -116,16 +142,19 @@ class Teacher(Attached):
         Under DDP the buffers of all processes are made equal just before the training step, not
         after the optimizer step: taken there, every process has the same teacher.
         """
-        self._pending = decay if self._pending is None else decay * self._pending
+        self.pending = decay if self.pending is None else decay * self.pending
 
     def before_step(self, now: Progress) -> None:
-        if self._pending is not None and self.store is not None:
-            self.store.update_buffers(self._pending)
-            self._pending = None
+        if self.store is None:
+            return
+        self.store.follow()  # what has appeared starts here as it is now
+        if self.pending is not None:
+            self.store.update_buffers(self.pending)
+            self.pending = None
 
-    def weights_in_place(self) -> AbstractContextManager[None]:
-        """The module with this teacher's weights, for the time of a ``with`` block."""
-        return nullcontext() if self.store is None else self.store.in_place()
+    def weights_in_place(self) -> list[AbstractContextManager[None]]:
+        """For each set of weights, the module with these for the time of a ``with`` block."""
+        return [nullcontext() if self.store is None else self.store.in_place()]
 
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The trainable parameters and this teacher's values of them."""
@@ -137,6 +166,7 @@ class Teacher(Attached):
     def stop(self) -> None:
         if self.store is not None:  # Ctrl-C may have come while it was putting the weights back
             self.store.restore()
+            self.store.close()
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"updates": self.updates}
@@ -144,7 +174,8 @@ class Teacher(Attached):
             # The weights are whole, for whoever reads the file. A resumed run starts from the
             # buffers before their pending update: like a run that was never interrupted, it then
             # takes the live buffers of the next step.
-            state["weights"] = self.store.state_dict(self._pending)
+            state["weights"] = self.store.state_dict(self.pending)
+            state["ties"] = self.store.ties
             state["buffers"] = self.store.buffers
-            state["pending"] = self._pending if self.store.buffers else None
+            state["pending"] = self.pending if self.store.buffers else None
         return state

@@ -160,6 +160,80 @@ class DistilledFeatures(Taught):
         return ((self.features - self.teacher[0](batch[0])) ** 2).mean()
 
 
+class DistilledSnapshots(Taught):
+    """KL(teacher ‖ student), the teacher made of copies taken at the start and every two steps."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        self.copies, self.steps = [deepcopy(self.teacher)], 0
+
+    def stepped(self, module: Classifier) -> None:
+        self.steps += 1
+        if self.steps % 2 == 0:
+            newest = nn.Sequential(deepcopy(module.encoder), deepcopy(module.head))
+            self.copies = [self.copies[-1], newest.eval().requires_grad_(False)]
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return relative_entropy(self.taught(batch[0]), log_softmax(logits)).mean()
+
+    def taught(self, x: Tensor) -> Tensor:
+        """Logarithms of the probabilities under the mean of the copies' weights."""
+        mean = deepcopy(self.copies[-1])
+        for name, value in mean.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(sum(copy.state_dict()[name] for copy in self.copies) / len(self.copies))
+        return log_softmax(mean(x))
+
+
+class DistilledVotes(DistilledSnapshots):
+    """The same with the mean of the copies' probabilities."""
+
+    def taught(self, x: Tensor) -> Tensor:
+        votes = [log_softmax(copy(x)).exp() for copy in self.copies]
+        return (sum(votes) / len(votes)).log()
+
+
+class DistilledNoise(Taught):
+    """KL(teacher ‖ student) for a teacher of the initial values in a random order."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        random = torch.Generator().manual_seed(0)
+        for value in self.teacher.parameters():
+            value.copy_(
+                value.flatten()[torch.randperm(value.numel(), generator=random)].view_as(value)
+            )
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return relative_entropy(log_softmax(self.teacher(batch[0])), log_softmax(logits)).mean()
+
+
+class Generations(Reference):
+    """KL(previous generation ‖ student); every four steps the student begins again."""
+
+    def begin(self, module: Classifier) -> None:
+        self.initial, self.teacher = deepcopy(module.state_dict()), None
+        self.steps, self.due = 0, False
+
+    def stepped(self, module: Classifier) -> None:
+        self.steps += 1
+        self.due = self.steps % 4 == 0
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        if self.due:
+            self.due = False
+            self.teacher = nn.Sequential(deepcopy(module.encoder), deepcopy(module.head))
+            self.teacher.eval().requires_grad_(False)
+            module.load_state_dict(self.initial)
+            for optimizer in module.trainer.optimizers:
+                optimizer.state.clear()
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        if self.teacher is None:
+            return super().term(module, batch, logits)
+        return relative_entropy(log_softmax(self.teacher(batch[0])), log_softmax(logits)).mean()
+
+
 class EarlyLearning(Reference):
     """mean log(1 − ⟨p, t⟩) with t ← 0.7·t + 0.3·p, one row of t per sample of the dataset."""
 
@@ -200,6 +274,10 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "self_distillation_kl": lambda: Distilled(decay=0.9),
     "self_distillation_js_correct": lambda: DistilledWhereRight(decay=None),
     "self_distillation_features": lambda: DistilledFeatures(decay=0.9, warmup=True),
+    "snapshot_distillation": lambda: DistilledSnapshots(decay=None),
+    "voted_distillation": lambda: DistilledVotes(decay=None),
+    "random_distillation": lambda: DistilledNoise(decay=None),
+    "generations": Generations,
     "early_learning_regularization": EarlyLearning,
 }
 

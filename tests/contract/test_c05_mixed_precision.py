@@ -214,9 +214,12 @@ def test_teachers_and_memories_are_float32_in_every_precision(entry: str, precis
     parameters = {name for name, _ in module.named_parameters()}
     for each in [*attached, *(other for one in attached for other in one.companions())]:
         if isinstance(each, Teacher):
-            kept = each.state()["weights"]
-            assert {kept[name].dtype for name in parameters} == {torch.float32}
-            assert all(value.isfinite().all() for value in kept.values())
+            state = each.state()
+            sets = [one["weights"] for one in state.get("snapshots", [state])]
+            assert sets
+            for kept in sets:
+                assert {kept[name].dtype for name in parameters} == {torch.float32}
+                assert all(value.isfinite().all() for value in kept.values())
         if isinstance(each, EarlyLearningRegularization):
             assert each.targets.rows is not None
             assert each.targets.rows.dtype == torch.float32

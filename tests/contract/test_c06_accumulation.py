@@ -109,10 +109,12 @@ def trained_with_trail(added: list[Attached], **arguments: Any) -> tuple[Trail, 
 
 def closed_form(teacher: EMATeacher, parameters: list[dict[str, torch.Tensor]]) -> Any:
     """Σ of all weights so far, each by its coefficient, in float64."""
+    given = teacher.hyperparameters
     decays = [
-        min(teacher.decay, (1 + n) / (10 + n)) if teacher.warmup else teacher.decay
+        min(given["decay"], (1 + n) / (10 + n)) if given["warmup"] else given["decay"]
         for n in range(len(parameters) - 1)
     ]
+    decays = [decay ** given["every"] for decay in decays]
     coefficients = []
     for position in range(len(parameters)):
         factor = 1.0 if position == 0 else 1 - decays[position - 1]

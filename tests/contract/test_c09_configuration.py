@@ -47,6 +47,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("Taps", "forward"): {"forward": "tests.contract.models.run_parts"},
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},
     ("SelfDistillation", "divergence"): {"divergence": "js"},
+    ("VotedTeacher", "snapshots"): {"snapshots": 2},
 }
 
 

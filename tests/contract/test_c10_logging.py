@@ -57,7 +57,8 @@ def test_main_and_weighted_term_add_up_to_the_total(tmp_path: Path, entry: str) 
     name = ENTRIES[entry].objective
     assert len(rows) == STEPS // EVERY
     for row in rows:
-        term = row[f"aux/{name}/weight"] * row[f"aux/{name}"]
+        # Only a term without weight is not computed.
+        term = row[f"aux/{name}/weight"] and row[f"aux/{name}/weight"] * row[f"aux/{name}"]
         assert row["aux/main"] + term == pytest.approx(row["aux/total"], abs=1e-6)
         assert row["aux/main"] == pytest.approx(row["theirs"], abs=1e-6)
     assert any(abs(row["aux/total"] - row["aux/main"]) > 1e-4 for row in rows)
@@ -67,7 +68,10 @@ def test_main_and_weighted_term_add_up_to_the_total(tmp_path: Path, entry: str) 
 def test_the_logged_weight_is_that_of_the_step(tmp_path: Path, entry: str) -> None:
     rows, _ = logged(callbacks(entry, WEIGHT), tmp_path)
     # Lightning logs steps 1, 3, 5, …: the weight is that after as many optimizer steps.
-    expected = [0.2 + 0.8 * step / STEPS for step in range(EVERY - 1, STEPS, EVERY)]
+    expected = [
+        0.2 + 0.8 * step / STEPS if step >= ENTRIES[entry].begins else 0.0
+        for step in range(EVERY - 1, STEPS, EVERY)
+    ]
     weights = [row[f"aux/{ENTRIES[entry].objective}/weight"] for row in rows]
     assert weights == pytest.approx(expected)
 
@@ -110,9 +114,10 @@ def test_f41_a_logged_row_under_accumulation_is_of_one_micro_batch(
     assert rows
     for row in rows:
         assert row["aux/main"] == pytest.approx(row["theirs"], abs=1e-6)
-        assert row["aux/total"] == pytest.approx(
-            row["aux/main"] + 0.5 * row[f"aux/{name}"], abs=1e-6
-        )
+        weight = row[f"aux/{name}/weight"]
+        term = weight and 0.5 * row[f"aux/{name}"]
+        assert row["aux/total"] == pytest.approx(row["aux/main"] + term, abs=1e-6)
+    assert rows[-1][f"aux/{name}/weight"] == 0.5
 
 
 @every_entry
@@ -138,4 +143,6 @@ def test_hyperparameters_are_every_init_argument_with_its_value() -> None:
         "start": 0,
         "buffers": "copy",
         "optimizer": None,
+        "half_life": None,
+        "length": None,
     }

@@ -269,7 +269,9 @@ def by_hand(term: Reference, **kind: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "entry", [name for name, each in ENTRIES.items() if each.objective or not each.inert]
+    "entry",
+    # But for the one that takes the optimizers of a Trainer back to where they began.
+    [n for n, each in ENTRIES.items() if (each.objective or not each.inert) and not each.begins],
 )
 def test_f16_training_with_steps_that_the_scaler_skips_is_that_of_a_loop_by_hand(
     entry: str, kind: str

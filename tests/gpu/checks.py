@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_aux as aux
 from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.finite import LAG
-from lightning_aux.teachers import WeightStore
+from lightning_aux.weights import WeightStore
 from tests.gpu.training import (
     OVERFLOWS,
     SCALE,

@@ -420,7 +420,7 @@ def not_plain(value: Any, path: str = "lightning_aux") -> list[str]:
         return keys + [
             found for k, each in value.items() for found in not_plain(each, f"{path}.{k}")
         ]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # an optimizer's betas are a tuple in the user's part too
         return [found for i, each in enumerate(value) for found in not_plain(each, f"{path}.{i}")]
     return [] if type(value) in PLAIN else [f"{path}: {type(value).__name__}"]
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from lightning_aux import DropoutSchedule, EMAAnchor, Step
+from lightning_aux import DropoutSchedule, EMAAnchor, EMAWeights, Step
 from lightning_aux.registry import ENTRIES
 from tests.contract.models import Classifier, EpochShuffle
 from tests.contract.probe import Probe
@@ -29,6 +29,10 @@ from tests.contract.training import (
 STEPS = 5  # per epoch
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning.pytorch")
 every_case = pytest.mark.parametrize("case", [*ENTRIES, "head"])
+# All but the one that is asked to begin the schedule of the rate again.
+every_case_of_one_training = pytest.mark.parametrize(
+    "case", [*(name for name in ENTRIES if name != "generations"), "head"]
+)
 
 
 def attached(case: str) -> list[Any]:
@@ -176,7 +180,7 @@ class Following(L.Callback):
         return [parameter for head in heads for parameter in head.parameters()]
 
 
-@every_case
+@every_case_of_one_training
 def test_f40_the_rate_that_a_scheduler_sets_is_the_rate_of_the_step(case: str) -> None:
     """A warm-up from 0: where a step used another group than the scheduler, nothing would move."""
 
@@ -240,7 +244,7 @@ class Rates(L.Callback):
 
 
 @pytest.mark.parametrize("kind", [by_step, by_epoch, on_plateau], ids=lambda kind: kind.__name__)
-@every_case
+@every_case_of_one_training
 def test_f56_schedulers_and_the_curve_of_the_rate_are_those_without_us(
     tmp_path: Path, case: str, kind: Any
 ) -> None:
@@ -263,6 +267,7 @@ def test_f56_schedulers_and_the_curve_of_the_rate_are_those_without_us(
                 "head": lambda: [Probe(0.0)],
                 # at the model's own rate, so that the monitored loss is the same
                 "dropout_schedule": lambda: [DropoutSchedule(p=0.2, mode="standard")],
+                "ema_weights": lambda: [EMAWeights(decay=0.0)],
             }.get(case, lambda: list(callbacks(case, 0.0)))()
         watching = Rates()
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=8, save_top_k=-1)

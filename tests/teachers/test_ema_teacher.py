@@ -94,7 +94,7 @@ def test_f15_it_moves_after_every_so_many_steps_and_never_at_the_end_of_an_epoch
     plain_trainer(max_epochs=5, limit_train_batches=8, callbacks=[teacher]).fit(model, rows(32, 4))
     assert len(model.history) == 41
     assert teacher.updates == updates
-    expected = recursion(model.history[::every], [0.7] * updates)
+    expected = recursion(model.history[::every], [0.7**every] * updates)
     assert largest_difference(teacher.store.state_dict(), expected) < 1e-5
 
 
@@ -116,7 +116,7 @@ def test_until_start_the_teacher_is_the_student_and_then_the_average_begins(star
 def test_start_and_every_together_count_from_start(plain_trainer):
     teacher = aux.EMATeacher(decay=0.7, start=4, every=3)
     model = walked(plain_trainer, teacher, max_steps=20)
-    expected = recursion(model.history[4::3], [0.7] * 5)
+    expected = recursion(model.history[4::3], [0.7**3] * 5)
     assert teacher.updates == 5
     assert largest_difference(teacher.store.state_dict(), expected) < 1e-5
 
@@ -423,8 +423,11 @@ def test_frozen_and_unused_parameters_stay_what_they_are(plain_trainer):
     [
         ({"decay": 1.2}, r"decay=1\.2 must lie in \[0, 1\]"),
         ({"decay": -0.1}, r"decay=-0\.1 must lie in \[0, 1\]"),
-        ({"every": 0}, "every=0 and start=0 are counted in optimizer steps"),
-        ({"start": -1}, "every=1 and start=-1 are counted"),
+        (
+            {"every": 0},
+            "every=0, start=0: every is the time from one to the next",
+        ),
+        ({"start": -1}, "every=1, start=-1: a time cannot be negative"),
         ({"buffers": "swap"}, "buffers='swap' is unknown. Choose 'copy' or 'average'"),
         ({"name": "a/b"}, "the name 'a/b' cannot be used"),
     ],

@@ -199,7 +199,8 @@ def resumed(place: Place, folder: Path, case: str, form: str, norm: bool = False
         # teacher will take over from them with the next step.
         if place.sharded:
             parameters = {name for name, _ in module.named_parameters()}
-            for held in [noted, *states.values()]:
+            snapshots = [one for state in states.values() for one in state.get("snapshots", [])]
+            for held in [noted, *states.values(), *snapshots]:
                 if "weights" in held:
                     kept = held["weights"].items()
                     held["weights"] = {key: value for key, value in kept if key in parameters}

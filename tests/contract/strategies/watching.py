@@ -73,7 +73,7 @@ class Watch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         for each in self.members:
             if isinstance(each, Teacher):
-                live, values = each.pairs()
+                live, values = getattr(each, "ring", [each])[-1].pairs()
                 self.parts[each.name] = {
                     "live": [local(value).numel() for value in live],
                     "teacher": [local(value).numel() for value in values],

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_aux as aux
-from lightning_aux.teachers import WeightStore
+from lightning_aux.weights import WeightStore
 from tests.engine.small_models import Blind, Classifier, equal, rows, weights
 
 
@@ -281,6 +281,7 @@ def test_a_copy_of_the_callbacks_is_not_attached(plain_trainer):
     teacher = aux.EMATeacher(decay=0.5)
     plain_trainer(max_steps=1, callbacks=[teacher]).fit(Classifier(), rows())
     for copied in (deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
-        assert copied.decay == 0.5
+        assert copied.hyperparameters["decay"] == 0.5
+        assert copied.store is None
         with pytest.raises(aux.AuxiliaryError, match="ema is not attached"):
             _ = copied.engine

@@ -1,0 +1,436 @@
+"""``WeightStore``: a second set of values for a module's parameters and buffers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_aux.engine import AuxiliaryError
+from lightning_aux.engine.distributed import fully_sharded_modules
+from lightning_aux.engine.taps import plain_path
+from lightning_aux.functional.averages import ema_update_, grouped, move_
+from lightning_aux.functional.shards import gathered, is_sharded, local, part_of
+from lightning_aux.weights.registrations import Registrations
+
+__all__ = ["WeightStore"]
+
+_Pairs: TypeAlias = tuple[list[Tensor], list[Tensor]]
+# What the module holds while other values are in place: parameters; of sharded ones the parts and
+# their contents; buffers by name here, holder and key.
+_Kept: TypeAlias = tuple[
+    list[Tensor], list[Tensor], list[Tensor], list[tuple[str, dict[str, Any], str, Tensor]]
+]
+_PART = attrgetter("_local_tensor")  # of a DTensor; ``to_local`` costs microseconds
+_SHAPE = attrgetter("shape")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class WeightStore:
+    """Values by name for every parameter and persistent buffer of a module; no module is copied.
+
+    Tied parameters and shared buffers are held once and stay tied. Parameters in half precision
+    have float32 values here: an average with a decay near one would otherwise never move. A
+    parameter that appears later (an adapter) has its live value from then on. Non-persistent
+    buffers (rotary caches, masks) are made from the configuration and have no values here: the
+    live ones serve every set of weights.
+
+    Of parameters sharded by ``fully_shard`` (FSDP2) each process holds the values of its own part:
+    an update touches nothing else, and `state_dict` gathers them.
+
+    The memory is one copy of the parameters and persistent buffers. Lists are cached and made
+    again only when torch reports that a parameter or module was registered: `close` ends that.
+
+    Attributes:
+        module: whose weights these are.
+        buffers: the values of its persistent buffers, by name.
+
+    Args:
+        module: whose weights these are.
+        buffers: ``"copy"`` takes floating-point buffers (BatchNorm statistics) from the live
+            module at every update, ``"average"`` averages them like parameters. Integer and
+            boolean buffers are always copied.
+
+    Raises:
+        AuxiliaryError: the module has parameters that no batch has given a shape yet.
+    """
+
+    def __init__(self, module: nn.Module, buffers: Literal["copy", "average"] = "copy") -> None:
+        self.module = module
+        self._gathering = fully_sharded_modules(module)
+        self._averages = buffers == "average"
+        self._kept: _Kept | None = None
+        self._again: tuple[bool, float | None] = False, None
+        weakref.finalize(self, Registrations.leave, id(self))  # for who does not close it
+        Registrations.watch(id(self))
+        self._live: list[nn.Parameter] = []
+        self._held: dict[str, Tensor] = {}
+        self._owners: list[tuple[str, nn.Module]] = []
+        self.buffers: dict[str, Tensor] = {}
+        self._list()
+        self._plan = self._follow_buffers(self.buffers)
+        self._planned_for: list[int] | None = None
+        self._agree()
+
+    # ----------------------------------------------------------------- what the module is made of
+    def _list(self) -> None:
+        """Cache what there is to move, with a live value for each parameter that is new."""
+        self._reshard()  # a forward without backward may have left whole parameters in place
+        named = {plain_path(name): each for name, each in self.module.named_parameters()}
+        lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
+        if lazy:
+            raise AuxiliaryError(
+                f"{', '.join(map(repr, lazy))} has no shape yet, so there is nothing to average. "
+                f"Run one batch through the module before Trainer.fit, for example in "
+                f"configure_model."
+            )
+        # Somebody who wraps a module renames what is in it: here it keeps the name it had at first.
+        known = {id(one): name for one, name in zip(self._live, self._held, strict=True)}
+        before, self._held = self._held, {}
+        for name, parameter in named.items():
+            first = known.get(id(parameter), name)
+            value = before.get(first)
+            if value is None or value.shape != parameter.shape:
+                value = _float32(parameter.detach())
+            self._held[first] = value
+        self._live = list(named.values())
+        self._values = list(self._held.values())
+        self._sharded = [place for place, each in enumerate(self._live) if is_sharded(each)]
+        self._moves: list[_Pairs] | None = None  # made by the first update
+        self._held_parts: list[Tensor] = []
+        self._parts_for: list[int] = []
+        prefixes = {id(owner): prefix for prefix, owner in self._owners}
+        self._owners = [
+            (prefixes.get(id(owner), plain_path(f"{path}.") if path else ""), owner)
+            for path, owner in self.module.named_modules()
+        ]
+        self._holders = [owner._buffers for _, owner in self._owners]
+        self._planned_for = None
+        self._listed = Registrations.count
+
+    def close(self) -> None:
+        """Leave nothing behind in torch; the store works on, more slowly."""
+        Registrations.leave(id(self))
+
+    def follow(self) -> None:
+        """Take up parameters that have appeared, and forget those that are gone."""
+        if self._listed != Registrations.count or not Registrations.watched_by(id(self)):
+            self._list()
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Further names of tied parameters and shared buffers, and the name they go by here."""
+        first: dict[int, str] = {}
+        names = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
+        known = [
+            (plain_path(name), first.setdefault(id(each), plain_path(name))) for name, each in names
+        ]
+        return {name: other for name, other in known if name != other}
+
+    def _agree(self) -> None:
+        """Give every process the buffers of the first.
+
+        ``ddp`` makes the live ones equal before every step. FSDP2 does not, and no two processes
+        would have the same teacher.
+        """
+        if self._gathering:
+            for buffer in self.buffers.values():
+                dist.broadcast(buffer, 0)
+
+    # -------------------------------------------------------------------------------- moving
+    def update(self, decay: float) -> None:
+        """Move the average of the parameters: values ← decay · values + (1 − decay) · live."""
+        self.follow()
+        parts = list(map(_PART, map(self._live.__getitem__, self._sharded)))
+        if self._moves is None or list(map(id, parts)) != self._parts_for:
+            # FSDP2 keeps the memory of its parts but for the time before the first forward.
+            live = self._live if not parts else list(map(local, self._live))
+            values = self._values if not parts else self.parts()
+            self._moves = grouped(values, cast("list[Tensor]", live))
+            self._held_parts, self._parts_for = parts, list(map(id, parts))
+        for averages, values in self._moves:
+            move_(averages, values, decay)
+
+    def update_buffers(self, decay: float) -> None:
+        """Take the live module's buffers, or average those that are averaged, with ``decay``.
+
+        A buffer whose shape or dtype has changed, or that is new, starts from the live value; one
+        that is gone is gone here too.
+        """
+        self.follow()
+        # In one go through C: looking at each buffer costs more than moving all of them.
+        now = list(map(id, chain.from_iterable(map(dict.values, self._holders))))
+        if now != self._planned_for or not self._plan.fits():
+            self._plan, self._planned_for = self._follow_buffers(self.buffers), now
+        self._plan.run(decay)
+        self._agree()
+
+    @torch.no_grad()
+    def mean_of(self, others: Sequence[WeightStore]) -> None:
+        """Take the mean of the values of ``others``, which belong to the same module.
+
+        Integer and boolean buffers, and all buffers that not every one of them has, are the last
+        one's.
+        """
+        self.follow()
+        for each in others:
+            each.follow()
+        newest = others[-1]
+        _mean_(self.parts(), [each.parts() for each in others])
+        self.buffers = {name: each.clone() for name, each in newest.buffers.items()}
+        self._planned_for = None
+        shared = [
+            name
+            for name, each in self.buffers.items()
+            if each.is_floating_point()
+            and all(name in o.buffers and _alike(each, o.buffers[name]) for o in others)
+        ]
+        _mean_(
+            [self.buffers[name] for name in shared],
+            [[other.buffers[name] for name in shared] for other in others],
+        )
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Write these values into the live module, which keeps its tensors."""
+        self.follow()
+        self._reshard()
+        torch._foreach_copy_([local(each) for each in self._live], self.parts())
+        for name, _, _, buffer in self._places():
+            ours = self.buffers.get(name)
+            if ours is not None and _alike(ours, buffer):
+                buffer.copy_(ours)
+
+    def values(self) -> list[Tensor]:
+        """The values of the parameters, in the order of ``named_parameters``."""
+        return self._values
+
+    def parts(self) -> list[Tensor]:
+        """The same, of sharded ones the parts that are here."""
+        return [local(each) for each in self._values]
+
+    def _follow_buffers(self, buffers: dict[str, Tensor]) -> _Plan:
+        """Make ``buffers`` like the live ones by name, shape and dtype; how to move them then."""
+        live = {name: buffer for name, _, _, buffer in self._places()}
+        for name in buffers.keys() - live.keys():
+            del buffers[name]
+        plan = _Plan()
+        for name, now in live.items():
+            if name not in buffers or not _alike(buffers[name], now):
+                buffers[name] = now.detach().clone()
+            plan.add(buffers[name], now, self._averages and now.is_floating_point())
+        return plan
+
+    def _buffers_after(self, decay: float) -> dict[str, Tensor]:
+        """Copies of the buffers as ``update_buffers(decay)`` would leave them."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        self._follow_buffers(buffers).run(decay)
+        return buffers
+
+    def _places(self) -> list[tuple[str, dict[str, Any], str, Tensor]]:
+        """Name here, holder and key of every persistent buffer of the live module."""
+        names: dict[int, str] = {}  # a buffer that several modules share goes by its first name
+        return [
+            (names.setdefault(id(buffer), prefix + key), owner._buffers, key, buffer)
+            for prefix, owner in self._owners
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and key not in owner._non_persistent_buffers_set
+        ]
+
+    def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The trainable parameters and, in the same order, their values here."""
+        self.follow()
+        chosen = [place for place, each in enumerate(self._live) if each.requires_grad]
+        return [self._live[place] for place in chosen], [self._values[place] for place in chosen]
+
+    @contextmanager
+    def in_place(self, evaluating: bool = False, pending: float | None = None) -> Iterator[None]:
+        """Give the module these values for the time of a ``with`` block.
+
+        Data pointers are exchanged, so whoever else holds the parameters (an RNN's flat weights,
+        a list in the user's code) sees the exchange too, and the student's graph is untouched. A
+        buffer that is not as it was at the last update (a cache that has just grown) stays live.
+        Of sharded parameters the contents are exchanged, since FSDP2 gathers from the memory that
+        it knows; whole parameters that a forward has left in place are given up before and after.
+
+        Args:
+            evaluating: whether the user's own code runs meanwhile: what it counts in integer and
+                boolean buffers has to stay.
+            pending: with a decay, buffers are as ``update_buffers(pending)`` would leave them; the
+                store itself does not change.
+        """
+        try:
+            self._exchange(evaluating, pending)
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The module with its own values again, for a time within `in_place`."""
+        if self._kept is None:
+            yield
+            return
+        again = self._again
+        self.restore()
+        try:
+            yield
+        finally:
+            self._exchange(*again)
+
+    def _exchange(self, evaluating: bool, pending: float | None) -> None:
+        self.follow()
+        self._again = evaluating, pending
+        buffers = self.buffers if pending is None else self._buffers_after(pending)
+        kept = [parameter.data for parameter in self._live]
+        shards = [local(kept[place]) for place in self._sharded]
+        contents = [shard.clone() for shard in shards]
+        places = self._places()
+        self._reshard()
+        self._kept = kept, shards, contents, places  # noted before anything changes
+        if shards:
+            torch._foreach_copy_(shards, [local(self._values[place]) for place in self._sharded])
+        for parameter, value in zip(self._live, self._values, strict=True):
+            if not is_sharded(value):
+                fits = value.dtype == parameter.dtype and value.device == parameter.device
+                parameter.data = value if fits else value.to(parameter)
+        for name, held, key, buffer in places:
+            ours = buffers.get(name)
+            counts = evaluating and not buffer.is_floating_point()
+            if ours is not None and _alike(ours, buffer) and not counts:
+                held[key] = ours
+
+    def restore(self) -> None:
+        """Give the module its own values back, where it has not got them.
+
+        To be called again if Ctrl-C interrupts it.
+        """
+        if self._kept is None:
+            return
+        kept, shards, contents, places = self._kept
+        if shards:
+            torch._foreach_copy_(shards, contents)
+        for parameter, data in zip(self._live, kept, strict=True):
+            if not is_sharded(data):
+                parameter.data = data
+        for _, held, key, buffer in places:
+            held[key] = buffer
+        self._reshard()
+        self._kept = None
+
+    def _reshard(self) -> None:
+        """Give up gathered parameters: the next forward or backward gathers what is there then."""
+        for module in self._gathering:
+            module.reshard()
+
+    def state_dict(self, pending: float | None = None) -> dict[str, Tensor]:
+        """All values by the names that the module's own ``named_parameters`` gives.
+
+        Sharded values are gathered one after the other, on the CPU of every process: all processes
+        have to call this together.
+
+        Args:
+            pending: with a decay, buffers are copies as ``update_buffers(pending)`` would leave
+                them; the store itself does not change.
+        """
+        buffers = self.buffers if pending is None else self._buffers_after(pending)
+        self.follow()
+        values = [gathered(each).cpu() if is_sharded(each) else each for each in self._values]
+        return dict(zip(self._held, values, strict=True)) | buffers
+
+    def load_state_dict(
+        self, state: dict[str, Tensor], asked_by: str, buffers: dict[str, Tensor] | None = None
+    ) -> None:
+        """Take values by name; they keep this store's devices.
+
+        Args:
+            state: what `state_dict` returned, or that of the module itself.
+            asked_by: begins the message of an error.
+            buffers: taken in place of those in ``state``, whatever the live module has: its own
+                may have changed shape since these were saved.
+
+        Raises:
+            AuxiliaryError: a name is missing or a shape differs.
+        """
+        self.follow()
+        own = dict(self._held)
+        if buffers is None:
+            own |= self.buffers
+        else:
+            self._planned_for = None
+            self.buffers = {
+                name: saved.to(self.buffers.get(name, saved).device, copy=True)
+                for name, saved in buffers.items()
+            }
+        missing = [name for name in own if name not in state]
+        if missing:
+            raise AuxiliaryError(
+                f"{asked_by}: the saved weights lack {', '.join(map(repr, missing[:5]))}"
+                f"{' and more' if len(missing) > 5 else ''}. They belong to another model."
+            )
+        for name, value in own.items():
+            if state[name].shape != value.shape:
+                raise AuxiliaryError(
+                    f"{asked_by}: {name!r} has shape {tuple(state[name].shape)} in the saved "
+                    f"weights and {tuple(value.shape)} in the model. They belong to another model."
+                )
+            local(value).copy_(part_of(state[name], value))
+        self._agree()
+
+
+class _Plan:
+    """Pairs of buffers and live ones, together for each device and dtype."""
+
+    def __init__(self) -> None:
+        self._live: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
+        self._averages: _Pairs = ([], [])
+        self._copies: dict[tuple[torch.device, torch.dtype], _Pairs] = {}
+
+    def add(self, held: Tensor, live: Tensor, averaged: bool) -> None:
+        alike = (held.device, held.dtype)
+        ours, theirs = self._averages if averaged else self._copies.setdefault(alike, ([], []))
+        ours.append(held)
+        theirs.append(live)
+        self._shapes.append(live.shape)
+        self._live.append(live)
+
+    def fits(self) -> bool:
+        """Whether the live buffers still have the shapes they had."""
+        return list(map(_SHAPE, self._live)) == self._shapes
+
+    @torch.no_grad()
+    def run(self, decay: float) -> None:
+        if self._averages[0]:
+            ema_update_(*self._averages, decay)
+        for held, live in self._copies.values():
+            torch._foreach_copy_(held, live)
+
+
+def _mean_(means: list[Tensor], lists: list[list[Tensor]]) -> None:
+    """Each of ``means`` becomes the mean of the tensors at its place in ``lists``."""
+    if not means:
+        return
+    torch._foreach_zero_(means)
+    for each in lists:
+        torch._foreach_add_(means, each)
+    torch._foreach_div_(means, len(lists))
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.to(torch.float32, copy=True) if value.dtype in _HALF else value.clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

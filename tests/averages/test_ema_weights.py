@@ -1,0 +1,290 @@
+"""``EMAWeights``: every evaluation sees the average, training and checkpoints never do."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_aux as aux
+from tests.engine.small_models import Classifier, equal, largest_difference, rows, weights
+
+
+class Watched(Classifier):
+    """Keeps its weights after every optimizer step, and those that each evaluation sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("evaluated", torch.zeros((), dtype=torch.long))
+        self.history: list[dict[str, Tensor]] = []
+        self.seen: list[tuple[str, dict[str, Tensor]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+    def on_train_start(self) -> None:
+        self.history.append(parameters(self))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_post_hook(lambda *_: self.history.append(parameters(self)))
+        return optimizer
+
+    def look(self, where: str) -> None:
+        self.seen.append((where, weights(self)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.look("validation_step")
+        self.evaluated += 1
+        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def on_validation_start(self) -> None:
+        self.look("on_validation_start")
+
+    def on_validation_end(self) -> None:
+        self.look("on_validation_end")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.look("test_step")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self.look("predict_step")
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in module.named_parameters()}
+
+
+def average(history: list[dict[str, Tensor]], decay: float = 0.9) -> dict[str, Tensor]:
+    """φ ← d φ + (1 − d) θ in float64."""
+    values = {name: value.double() for name, value in history[0].items()}
+    for now in history[1:]:
+        values = {n: decay * values[n] + (1 - decay) * now[n].double() for n in values}
+    return values
+
+
+def shows(seen: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return largest_difference({name: seen[name] for name in expected}, expected) < 1e-6
+
+
+def fit(plain_trainer: Any, callbacks: list[Any], **arguments: Any) -> tuple[Watched, L.Trainer]:
+    module = Watched()
+    trainer = plain_trainer(**({"max_epochs": 2, "callbacks": callbacks} | arguments))
+    trainer.fit(module, rows(), rows(8))
+    return module, trainer
+
+
+def test_f04_validation_sees_the_average_from_its_first_hook_to_its_last(plain_trainer):
+    module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9)], num_sanity_val_steps=0)
+    epochs = [module.seen[:4], module.seen[4:]]
+    for seen, steps in zip(epochs, (6, 12), strict=True):
+        assert [where for where, _ in seen] == [
+            "on_validation_start",
+            "validation_step",
+            "validation_step",
+            "on_validation_end",
+        ]
+        assert all(shows(each, average(module.history[: steps + 1])) for _, each in seen)
+    assert equal(parameters(module), module.history[-1])
+
+
+def test_f01_an_average_that_has_not_begun_is_not_evaluated(plain_trainer):
+    module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9, start=8)], num_sanity_val_steps=2)
+    sanity, first, second = module.seen[:4], module.seen[4:8], module.seen[8:]
+    assert all(shows(each, module.history[0]) for _, each in sanity)
+    assert all(shows(each, module.history[6]) for _, each in first)
+    assert all(shows(each, average(module.history[8:])) for _, each in second)
+
+
+class Saving(L.Callback):
+    """Saves a checkpoint in one hook of the validation."""
+
+    def __init__(self, hook: str, path: Any) -> None:
+        self.path = path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_validation_start",
+        "on_validation_batch_end",
+        "on_validation_epoch_end",
+        "on_validation_end",
+        "on_train_epoch_end",
+    ],
+)
+def test_f02_a_checkpoint_has_the_raw_weights_whenever_it_is_saved(plain_trainer, tmp_path, hook):
+    path = tmp_path / "saved.ckpt"
+    for order in permutations([aux.EMAWeights(decay=0.9), Saving(hook, path)]):
+        module, _ = fit(plain_trainer, list(order), max_epochs=1)
+        saved = torch.load(path, weights_only=True)
+        raw = {name: saved["state_dict"][name] for name in module.history[-1]}
+        assert equal(raw, module.history[-1])
+        kept = saved["lightning_aux"]["members"]["ema_weights.teacher"]["weights"]
+        assert shows(kept, average(module.history))
+        assert shows(module.seen[-1][1], average(module.history))
+
+
+def test_model_checkpoint_ranks_by_the_average_in_every_order(plain_trainer, tmp_path):
+    """The monitored value is the average's; the file has the raw weights of that epoch."""
+    scores = []
+    for number, order in enumerate(permutations(range(3))):
+        callbacks = [
+            aux.EMAWeights(decay=0.9),
+            ModelCheckpoint(tmp_path / str(number), monitor="loss", save_top_k=-1),
+            L.pytorch.callbacks.EarlyStopping("loss", patience=9),
+        ]
+        L.seed_everything(0)
+        module, _ = fit(
+            plain_trainer, [callbacks[each] for each in order], enable_checkpointing=True
+        )
+        kept = {str(value): path for path, value in callbacks[1].best_k_models.items()}
+        scores.append(sorted(map(float, callbacks[1].best_k_models.values())))
+        assert len(kept) == 2
+        saved = torch.load(callbacks[1].best_model_path, weights_only=True)["state_dict"]
+        assert any(equal({n: saved[n] for n in each}, each) for each in module.history)
+    assert all(each == scores[0] for each in scores)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("on purpose"), KeyboardInterrupt()])
+def test_f03_an_exception_in_validation_leaves_the_raw_weights(plain_trainer, error):
+    class Fails(Watched):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if not self.trainer.sanity_checking:
+                raise error
+
+    module, callback = Fails(), aux.EMAWeights(decay=0.9)
+    trainer = plain_trainer(max_epochs=2, callbacks=[callback])
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        trainer.fit(module, rows(), rows(8))
+    assert len(module.history) == 7
+    assert equal(parameters(module), module.history[-1])
+    assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
+    assert "save_checkpoint" not in vars(trainer)
+
+
+def test_what_the_user_counts_in_a_buffer_during_validation_stays(plain_trainer):
+    module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9)], num_sanity_val_steps=0)
+    assert module.evaluated == 4
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_batch_norm_statistics_are_those_of_the_setting(plain_trainer, buffers):
+    module, _ = fit(
+        plain_trainer, [aux.EMAWeights(0.9, buffers=buffers)], num_sanity_val_steps=0, max_epochs=1
+    )
+    seen, live = module.seen[1][1]["norm.running_mean"], module.norm.running_mean
+    assert torch.equal(seen, live) == (buffers == "copy")
+
+
+def test_training_is_what_it_is_without_us(plain_trainer):
+    module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9)])
+    L.seed_everything(0)
+    plain, _ = fit(plain_trainer, [])
+    assert equal(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_after_fit_every_stage_uses_the_average(plain_trainer, tmp_path, stage):
+    callback = aux.EMAWeights(decay=0.9)
+    module, trainer = fit(plain_trainer, [callback])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    expected, raw = average(module.history), parameters(module)
+    kinds = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+    def seen(trainer: L.Trainer, module: Watched, **where: Any) -> list[dict[str, Tensor]]:
+        module.seen.clear()
+        getattr(trainer, stage)(module, rows(8), **where)
+        return [each for name, each in module.seen if name == kinds[stage]]
+
+    assert all(shows(each, expected) for each in seen(trainer, module))
+    assert equal(parameters(module), raw)
+    # In another process, from the file, with callbacks that have never seen a training.
+    again = plain_trainer(callbacks=[aux.EMAWeights(decay=0.9)])
+    fresh = Watched()
+    found = seen(again, fresh, ckpt_path=tmp_path / "last.ckpt")
+    assert len(found) == 2
+    assert all(shows(each, expected) for each in found)
+    assert equal(parameters(fresh), raw)
+
+
+def test_a_checkpoint_without_an_average_is_evaluated_as_it_is_with_a_warning(
+    plain_trainer, tmp_path
+):
+    module, trainer = fit(plain_trainer, [])
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    fresh = Watched()
+    with pytest.warns(UserWarning, match="has no average called 'ema_weights.teacher'"):
+        plain_trainer(callbacks=[aux.EMAWeights()]).test(
+            fresh, rows(8), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    assert all(shows(each, parameters(module)) for _, each in fresh.seen)
+
+
+def test_validation_within_an_epoch_and_under_accumulation_sees_the_average_so_far(plain_trainer):
+    module, _ = fit(
+        plain_trainer,
+        [aux.EMAWeights(decay=0.9)],
+        val_check_interval=2,
+        accumulate_grad_batches=3,
+        num_sanity_val_steps=0,
+        max_epochs=1,
+    )
+    validated = [each for where, each in module.seen if where == "on_validation_start"]
+    # 6 batches in windows of 3: after 2, 4 and 6 of them 0, 1 and 2 steps have been taken.
+    assert len(validated) == 3
+    for steps, each in enumerate(validated):
+        assert shows(each, average(module.history[: steps + 1]))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            aux.SWATeacher(start="50%", every=2),
+            lambda history: {
+                n: sum(history[k][n].double() for k in (6, 8, 10, 12)) / 4 for n in history[0]
+            },
+        ),
+        (aux.SnapshotTeacher("swa", every=5), lambda history: history[10]),
+        (aux.EMATeacher(0.9, "swa"), average),
+    ],
+    ids=["swa", "snapshot", "ema"],
+)
+def test_the_average_can_be_that_of_a_teacher_among_the_callbacks(plain_trainer, source, expected):
+    module, _ = fit(plain_trainer, [aux.EMAWeights(teacher="swa"), source])
+    assert shows(module.seen[-1][1], expected(module.history))
+
+
+def test_what_it_cannot_do_is_said(plain_trainer):
+    with pytest.raises(aux.AuxiliaryError, match=r"decay=0\.9 beside teacher='ema' would change"):
+        aux.EMAWeights(decay=0.9, teacher="ema")
+    for source in (aux.FrozenTeacher(), aux.RandomTeacher(), aux.VotedTeacher()):
+        message = f"'{source.name}' is a {type(source).__name__}, which has no average"
+        with pytest.raises(aux.AuxiliaryError, match=message):
+            fit(plain_trainer, [aux.EMAWeights(teacher=source.name), source])
+    with pytest.raises(aux.AuxiliaryError, match="no teacher is called 'emma'"):
+        fit(plain_trainer, [aux.EMAWeights(teacher="emma"), aux.EMATeacher()])
+
+
+def test_peer_the_average_is_lightnings_where_that_is_right(plain_trainer):
+    """Its own callback counts the first step's weights, not the initial ones, as the start."""
+    module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9, start=1)])
+    ours = module.seen[-1][1]
+    L.seed_everything(0)
+    theirs = EMAWeightAveraging(decay=0.9, use_buffers=False)
+    fit(plain_trainer, [theirs])
+    expected = dict(theirs._average_model.module.named_parameters())
+    assert shows(ours, {name: value.detach().double() for name, value in expected.items()})
