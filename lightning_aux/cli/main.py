@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
     "predict": "run predict_step over the data",
+    "export": "write averaged weights as a plain checkpoint",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
 
@@ -50,6 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.compare import compare
 
             return compare(arguments[1:])
+        if command == "export":
+            from lightning_aux.cli.export import export
+
+            return export(arguments[1:])
         from lightning_aux.cli.trainer_cli import AuxCLI
 
         AuxCLI(args=arguments)
