@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutScheduleMixin
-from lightning_aux.averages import EMAWeights
+from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
@@ -35,6 +35,7 @@ __all__ = [
     "EMAWeights",
     "EarlyLearningRegularization",
     "FrozenTeacher",
+    "ModelSoup",
     "Objective",
     "RandomTeacher",
     "SWATeacher",
@@ -43,6 +44,7 @@ __all__ = [
     "SnapshotTeacher",
     "Taps",
     "VotedTeacher",
+    "WiSEFT",
 ]
 
 

@@ -38,7 +38,11 @@ every_argument = pytest.mark.parametrize(("cls", "argument"), ARGUMENTS)
 
 # What a class cannot be made without, and what an argument makes no sense without. Values are
 # found from annotations; one that its class would refuse is given here.
-REQUIRED: dict[str, dict[str, Any]] = {"DropoutSchedule": {"p": 0.1, "until": "50%"}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "DropoutSchedule": {"p": 0.1, "until": "50%"},
+    "ModelSoup": {"monitor": "loss"},
+    "WiSEFT": {"monitor": "loss"},
+}
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("DropoutSchedule", "until"): {"until": "40%"},
     ("DropoutSchedule", "start"): {"mode": "late", "start": "40%", "until": None},
@@ -48,6 +52,8 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},
     ("SelfDistillation", "divergence"): {"divergence": "js"},
     ("VotedTeacher", "snapshots"): {"snapshots": 2},
+    ("ModelSoup", "checkpoints"): {"checkpoints": ["runs/*.ckpt"]},
+    ("WiSEFT", "coefficients"): {"coefficients": [0.0, 0.5]},
 }
 
 
