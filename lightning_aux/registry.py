@@ -15,6 +15,7 @@ from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
+from lightning_aux.objectives.parameter_anchor import ParameterAnchor
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
 from lightning_aux.taps import Taps
 from lightning_aux.teachers import (
@@ -37,6 +38,7 @@ __all__ = [
     "FrozenTeacher",
     "ModelSoup",
     "Objective",
+    "ParameterAnchor",
     "RandomTeacher",
     "SWATeacher",
     "SelfDistillation",
@@ -129,6 +131,10 @@ ENTRIES: dict[str, Entry] = {
             SelfDistillation(on="encoder", divergence="mse", weight=weight),
         ],
         "self_distillation",
+    ),
+    "parameter_anchor_l2": Entry(
+        lambda weight: [ParameterAnchor(weight=weight, new="head.*", new_weight=0.5)],
+        "parameter_anchor",
     ),
     "early_learning_regularization": Entry(
         lambda weight: [EarlyLearningRegularization(weight=weight)],

@@ -3,7 +3,12 @@
 Half-precision inputs are computed and returned in float32; only the student is differentiated.
 """
 
-from .anchors import output_anchor, squared_distance
+from .anchors import (
+    data_emphasized_divergence,
+    output_anchor,
+    squared_distance,
+    wasserstein_distance,
+)
 from .averages import ema_decay, ema_update_, power_decay, power_exponent, synthesis_weights
 from .divergences import (
     DIVERGENCES,
@@ -20,6 +25,7 @@ from .votes import majority_vote, mean_vote
 __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
+    "data_emphasized_divergence",
     "dropout_rate",
     "early_learning_regularization",
     "early_learning_target",
@@ -38,4 +44,5 @@ __all__ = [
     "reverse_kl_divergence",
     "squared_distance",
     "synthesis_weights",
+    "wasserstein_distance",
 ]

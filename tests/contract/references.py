@@ -234,6 +234,16 @@ class Generations(Reference):
         return relative_entropy(log_softmax(self.teacher(batch[0])), log_softmax(logits)).mean()
 
 
+class AnchoredParameters(Taught):
+    """½ ‖θ − θ_0‖² over the encoder and ¼ ‖θ‖² over the head, which is new."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        pairs = zip(module.encoder.parameters(), self.teacher[0].parameters(), strict=True)
+        old = torch.stack([((theta - phi) ** 2).sum() for theta, phi in pairs]).sum()
+        new = torch.stack([(theta**2).sum() for theta in module.head.parameters()]).sum()
+        return old / 2 + new / 4
+
+
 class EarlyLearning(Reference):
     """mean log(1 − ⟨p, t⟩) with t ← 0.7·t + 0.3·p, one row of t per sample of the dataset."""
 
@@ -278,6 +288,7 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "voted_distillation": lambda: DistilledVotes(decay=None),
     "random_distillation": lambda: DistilledNoise(decay=None),
     "generations": Generations,
+    "parameter_anchor_l2": lambda: AnchoredParameters(decay=None),
     "early_learning_regularization": EarlyLearning,
 }
 

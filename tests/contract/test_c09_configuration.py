@@ -52,6 +52,10 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},
     ("SelfDistillation", "divergence"): {"divergence": "js"},
     ("VotedTeacher", "snapshots"): {"snapshots": 2},
+    ("ParameterAnchor", "sigma"): {"form": "variational", "sigma": 0.1},
+    ("ParameterAnchor", "parameters"): {"parameters": "encoder.*"},
+    ("ParameterAnchor", "new"): {"new": ["head.*"]},
+    ("ParameterAnchor", "new_weight"): {"new_weight": 0.5},
     ("ModelSoup", "checkpoints"): {"checkpoints": ["runs/*.ckpt"]},
     ("WiSEFT", "coefficients"): {"coefficients": [0.0, 0.5]},
 }
