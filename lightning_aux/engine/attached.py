@@ -29,6 +29,9 @@ class Attached(Callback):
         name: unique among everything attached; used in logs, checkpoints and messages.
     """
 
+    lookahead: int = 0
+    """How many virtual steps of its optimizer are taken, and undone, before every real one."""
+
     optimizer: int = 0
     """Index of the optimizer whose steps this one counts (several in manual optimisation)."""
 
@@ -151,6 +154,9 @@ class Attached(Callback):
 
     def after_optimizer_step(self, now: Progress) -> None:
         """Called after every real step of its optimizer."""
+
+    def after_virtual_step(self, now: Progress) -> None:
+        """Called after each of the ``lookahead`` virtual steps, before they are undone."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: tensors and plain values only."""

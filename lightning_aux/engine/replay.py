@@ -74,6 +74,12 @@ class Unobserved:
                 torch.manual_seed(seed)
                 yield
 
+    @contextmanager
+    def undone(self, undo: Callable[[], None], device: torch.device) -> Iterator[None]:
+        """Whatever the block does, ``undo`` takes back."""
+        with self._undoing(undo), self._aside(device):
+            yield
+
     def restore(self) -> None:
         """Undo what an interrupted pass has left; to be called again if that is interrupted."""
         while self._undone:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_aux.engine.patches import Patches
+from lightning_aux.engine.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from lightning_aux.engine.engine import Engine
@@ -31,7 +32,9 @@ class Stepping:
         self._movers = engine.overriding("after_optimizer_step")
         self._deferred: list[list[Callable[[], None]]] = [[] for _ in self.optimizers]
         self._depths = [0 for _ in self.optimizers]
-        self._saving = False
+        self._saving = self._virtual = False
+        self._looking = [each for each in engine.members.values() if each.lookahead]
+        self._rehearsal = Rehearsal(engine)
         self._hooks: list[Any] = []
 
     def defer(self, place: int, acts: list[Callable[[], None]]) -> None:
@@ -52,6 +55,7 @@ class Stepping:
             place = self._place(optimizer)
             if place is not None:  # a step that raised has not reached its end
                 self._depths[place] = 0
+                self._look_ahead(place, lambda: optimizer_step(optimizer, *args, **kwargs))
             returned = optimizer_step(optimizer, *args, **kwargs)
             if place is not None:  # what waited for a step that a gradient scaler has skipped
                 self._deferred[place].clear()
@@ -83,8 +87,27 @@ class Stepping:
             patches.wrap(module, "toggle_optimizer", noted_toggle)
             patches.wrap(module, "untoggle_optimizer", noted_untoggle)
 
+    def _look_ahead(self, place: int, step: Callable[[], Any]) -> None:
+        """Take virtual steps for the members that want to see where they lead."""
+        looking = [each for each in self._looking if each.optimizer == place]
+        if not looking:
+            return
+        now = self._engine.progress(place)
+        with self._rehearsal.of(self.optimizers[place]):
+            self._virtual = True
+            try:
+                for number in range(max(each.lookahead for each in looking)):
+                    step()
+                    for member in looking:
+                        if number < member.lookahead:
+                            member.after_virtual_step(now)
+            finally:
+                self._virtual = False
+                self._deferred[place].clear()
+
     def stop(self) -> None:
         """Let go of the optimizers."""
+        self._rehearsal.stop()
         while self._hooks:
             self._hooks[-1].remove()
             self._hooks.pop()
@@ -103,7 +126,7 @@ class Stepping:
         # torch wraps ``step`` in each class of an optimizer, so the hooks of one whose ``step``
         # calls ``super().step()`` fire once for every class.
         self._depths[place] -= 1
-        if self._depths[place] > 0 or self._saving:
+        if self._depths[place] > 0 or self._saving or self._virtual:
             return
         deferred = self._deferred[place].copy()
         self._deferred[place].clear()

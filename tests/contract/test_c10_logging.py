@@ -145,4 +145,5 @@ def test_hyperparameters_are_every_init_argument_with_its_value() -> None:
         "optimizer": None,
         "half_life": None,
         "length": None,
+        "lookahead": 0,
     }
