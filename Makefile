@@ -68,6 +68,10 @@ support: $(STAMP) ## Write docs/support.md from a run of the contract suite
 mutations: $(STAMP) ## Break every promise once and write docs/mutations.md
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.mutations
 
+.PHONY: bench-weights
+bench-weights: $(STAMP) ## Measure updates of averages beside other libraries; writes docs/benchmarks.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.weights
+
 .PHONY: bench
 bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/benchmarks $(ARGS)

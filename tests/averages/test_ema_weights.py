@@ -81,7 +81,7 @@ def fit(plain_trainer: Any, callbacks: list[Any], **arguments: Any) -> tuple[Wat
     return module, trainer
 
 
-def test_f04_validation_sees_the_average_from_its_first_hook_to_its_last(plain_trainer):
+def test_validation_sees_the_average_from_its_first_hook_to_its_last(plain_trainer):
     module, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9)], num_sanity_val_steps=0)
     epochs = [module.seen[:4], module.seen[4:]]
     for seen, steps in zip(epochs, (6, 12), strict=True):
@@ -159,7 +159,7 @@ def test_model_checkpoint_ranks_by_the_average_in_every_order(plain_trainer, tmp
 
 
 @pytest.mark.parametrize("error", [RuntimeError("on purpose"), KeyboardInterrupt()])
-def test_f03_an_exception_in_validation_leaves_the_raw_weights(plain_trainer, error):
+def test_f11_an_exception_in_validation_leaves_the_raw_weights(plain_trainer, error):
     class Fails(Watched):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             if not self.trainer.sanity_checking:
@@ -173,6 +173,21 @@ def test_f03_an_exception_in_validation_leaves_the_raw_weights(plain_trainer, er
     assert equal(parameters(module), module.history[-1])
     assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
     assert "save_checkpoint" not in vars(trainer)
+
+
+def test_f03_a_run_resumed_from_a_file_of_a_validation_goes_on_from_the_raw_weights(
+    plain_trainer, tmp_path
+):
+    """With the sanity check that Lightning would make by default."""
+    through, _ = fit(plain_trainer, [aux.EMAWeights(decay=0.9)])
+    saving = Saving("on_validation_end", tmp_path / "half.ckpt")
+    L.seed_everything(0)
+    fit(plain_trainer, [aux.EMAWeights(decay=0.9), saving], max_epochs=1)
+    resumed = Watched()
+    trainer = plain_trainer(max_epochs=2, callbacks=[aux.EMAWeights(decay=0.9)])
+    trainer.fit(resumed, rows(), rows(8), ckpt_path=tmp_path / "half.ckpt")
+    assert equal(parameters(resumed), parameters(through))
+    assert shows(resumed.seen[-1][1], average(through.history))
 
 
 def test_what_the_user_counts_in_a_buffer_during_validation_stays(plain_trainer):

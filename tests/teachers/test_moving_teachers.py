@@ -117,6 +117,39 @@ def test_peer_ema_equals_torchs_averaged_model_and_ema_weight_averaging(plain_tr
         assert torch.allclose(own, other, atol=1e-6)
 
 
+def test_peer_ema_equals_ema_pytorch_and_torch_ema(plain_trainer):
+    """Both begin from the initial weights; ema-pytorch copies in its first update unless told."""
+    ema_pytorch, torch_ema = pytest.importorskip("ema_pytorch"), pytest.importorskip("torch_ema")
+    teacher, peers = aux.EMATeacher(0.9), {}
+
+    class Averaging(L.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.parts = nn.ModuleList(module.children())
+            peers["ema-pytorch"] = ema_pytorch.EMA(
+                self.parts, beta=0.9, update_after_step=-1, update_every=1, inv_gamma=1e-9, power=9
+            )
+            peers["ema-pytorch"].initted.fill_(True)
+            peers["torch-ema"] = torch_ema.ExponentialMovingAverage(
+                self.parts.parameters(), decay=0.9, use_num_updates=False
+            )
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            peers["ema-pytorch"].update()
+            peers["torch-ema"].update()
+
+    model = Walk()
+    options = {"max_steps": 100, "max_epochs": -1}
+    plain_trainer(**options, callbacks=[teacher, Averaging()]).fit(model, rows())
+    ours = teacher.store.state_dict().values()
+    theirs = {
+        "ema-pytorch": peers["ema-pytorch"].ema_model.parameters(),
+        "torch-ema": peers["torch-ema"].shadow_params,
+    }
+    for name, values in theirs.items():
+        far = max(float((a - b).abs().max()) for a, b in zip(ours, values, strict=True))
+        assert far < 1e-6, name
+
+
 def test_peer_swa_equals_torchs_averaged_model(plain_trainer):
     teacher, torchs = aux.SWATeacher(start="50%", every=3), []
 

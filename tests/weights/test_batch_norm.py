@@ -15,7 +15,7 @@ def data() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sizes", [(103,), (50, 53), (100, 3), (40, 40, 23)])
-def test_one_layer_has_the_moments_of_the_data(data, sizes):
+def test_f73_one_layer_has_the_moments_of_the_data(data, sizes):
     norm = nn.BatchNorm1d(5)
     assert recompute_batch_norm(norm, data.split(sizes)) == 1
     assert torch.allclose(norm.running_mean.double(), data.double().mean(0), rtol=1e-6)
@@ -43,7 +43,7 @@ def test_a_second_layer_sees_what_the_first_normalises_by_the_batch(data):
     assert torch.allclose(module[3].running_var.double(), expected.var(0), rtol=1e-4)
 
 
-def test_nothing_else_changes(data):
+def test_f73_nothing_else_changes(data):
     module = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.BatchNorm1d(5, momentum=None))
     module[0].eval()
     module(data)
