@@ -130,8 +130,9 @@ class ModelSoup(Attached):
                 soup = Soup(
                     soup.members, soup.scores, candidates.score(weights_in(written, self.name))
                 )
+                measured = candidates.latest()  # of sharded weights all processes gather
                 if self.batch_norm == "recompute" and trainer.is_global_zero:
-                    write_checkpoint(written, candidates.latest(), out)
+                    write_checkpoint(written, measured, out)
             return soup
         finally:
             if own != out:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.engine.replay import Unobserved
 from lightning_aux.functional.shards import local
 
@@ -41,6 +42,8 @@ class Rehearsal:
         Args:
             optimizer: the torch optimizer that is stepped in it.
         """
+        for each in fully_sharded_modules(self._module):
+            each.reshard()  # a forward without backward may have left whole parameters in place
         parameters = {
             id(each): each
             for each in (

@@ -117,6 +117,7 @@ class ParameterAnchor(Objective):
         self.to = to
         self._groups: list[list[int]] = []  # places of anchored and of new ones in step.weights
         self._grouped_for: list[nn.Parameter] = []
+        self._names: dict[int, str] = {}
         self._noise = _Noise()
         self._noted: tuple[list[Tensor], list[int]] = [], []
 
@@ -147,6 +148,10 @@ class ParameterAnchor(Objective):
                 f"{self.name}: form='variational' draws new weights for every step, which works "
                 f"with automatic optimisation and accumulate_grad_batches=1."
             )
+
+    def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
+        super().start(engine, state)
+        self._names = {id(each): name for name, each in engine.module.named_parameters()}
 
     # ------------------------------------------------------------------------------- the term
     def loss(self, step: Step) -> Tensor:
@@ -196,7 +201,10 @@ class ParameterAnchor(Objective):
         """Places of the anchored parameters and of the new ones among ``live``."""
         same = len(live) == len(self._grouped_for) and all(map(_is, live, self._grouped_for))
         if not same:
-            named = {id(each): name for name, each in module.named_parameters()}
+            # Within a step FSDP2 may show whole parameters in place of those that it keeps.
+            named = self._names
+            if any(id(each) not in named for each in live):
+                named |= {id(each): name for name, each in module.named_parameters()}
             new = [i for i, p in enumerate(live) if _matches(named[id(p)], self.new)]
             kept = {i for i, p in enumerate(live) if _matches(named[id(p)], self.parameters)}
             self._groups = [sorted(kept - {*new}), new]
@@ -245,7 +253,7 @@ class ParameterAnchor(Objective):
     def stop(self) -> None:
         super().stop()
         self._noise.remove()
-        self._grouped_for = []
+        self._grouped_for, self._names = [], {}
 
     def logged(self) -> dict[str, Any]:
         logged = super().logged()
