@@ -20,6 +20,7 @@ from .divergences import (
 from .dropout import dropout_rate
 from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
+from .generations import optimal_target_weight
 from .votes import majority_vote, mean_vote
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "kl_divergence",
     "majority_vote",
     "mean_vote",
+    "optimal_target_weight",
     "output_anchor",
     "power_decay",
     "power_exponent",

@@ -103,6 +103,12 @@ def test_f01_an_average_that_has_not_begun_is_not_evaluated(plain_trainer):
     assert all(shows(each, average(module.history[8:])) for _, each in second)
 
 
+def test_f01_an_average_that_has_begun_but_not_moved_is_not_evaluated(plain_trainer):
+    """It holds the weights of step 8 and moves at step 13; validated are those of step 12."""
+    module, _ = fit(plain_trainer, [aux.EMAWeights(0.9, start=8, every=5)], num_sanity_val_steps=0)
+    assert shows(module.seen[-1][1], module.history[12])
+
+
 class Saving(L.Callback):
     """Saves a checkpoint in one hook of the validation."""
 

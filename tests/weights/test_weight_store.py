@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
@@ -285,3 +286,49 @@ def test_a_copy_of_the_callbacks_is_not_attached(plain_trainer):
         assert copied.store is None
         with pytest.raises(aux.AuxiliaryError, match="ema is not attached"):
             _ = copied.engine
+
+
+# ------------------------------------------------------------------------ a thousand updates
+def thousand_updates(decays: list[float]) -> tuple[WeightStore, list[Tensor]]:
+    """The store after them, and all the weights that the module had."""
+    module = nn.Linear(8, 4)
+    store = WeightStore(module)
+    history = [module.weight.detach().double()]
+    generator = torch.Generator().manual_seed(4)
+    for decay in decays:
+        with torch.no_grad():
+            step = torch.randn(4, 8, generator=generator) * 0.02
+            module.weight.copy_((module.weight + step).clamp(-1, 1))
+        history.append(module.weight.detach().double())
+        store.update(decay)
+    return store, history
+
+
+RULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda n: 0.999,
+    "fast": lambda n: 0.9,
+    "warm-up": lambda n: min(0.999, (1 + n) / (10 + n)),
+    "half-life": lambda n: 0.5 ** (1 / 50),
+    "cosine": lambda n: 1 - 0.004 * (math.cos(math.pi * n / 1000) + 1) / 2,
+    "power function": lambda n: (1 - 1 / (n + 1)) ** 7.94,
+    "equal": lambda n: (n + 1) / (n + 2),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_f18_after_a_thousand_updates_it_is_the_closed_form_within_the_range_of_its_history(rule):
+    """Σ c_k θ_k in float64, with c_k = (1 − d_k) Π_{j > k} d_j."""
+    decays = [RULES[rule](n) for n in range(1000)]
+    store, history = thousand_updates(decays)
+    shares, product = [], 1.0
+    for decay in reversed(decays):
+        shares.append((1 - decay) * product)
+        product *= decay
+    shares = [product, *reversed(shares)]
+    assert sum(shares) == pytest.approx(1)
+    expected = sum(share * each for share, each in zip(shares, history, strict=True))
+    found = store.state_dict()["weight"].double()
+    assert float((found - expected).abs().max()) < 1e-6
+    seen = torch.stack(history)
+    assert (found >= seen.amin(0) - 1e-7).all()
+    assert (found <= seen.amax(0) + 1e-7).all()
