@@ -94,13 +94,19 @@ class WeightStore:
             )
         # Somebody who wraps a module renames what is in it: here it keeps the name it had at first.
         known = {id(one): name for one, name in zip(self._live, self._held, strict=True)}
+        names = [known.get(id(parameter), name) for name, parameter in named.items()]
+        if len(set(names)) < len(names):  # the wrapper has a parameter of that name too
+            names = list(named)
         before, self._held = self._held, {}
-        for name, parameter in named.items():
-            first = known.get(id(parameter), name)
-            value = before.get(first)
+        kept = {known.get(id(parameter)) for parameter in named.values()}
+        for name, parameter in zip(names, named.values(), strict=True):
+            first = known.get(id(parameter))
+            if first is None and name not in kept:
+                first = name  # another parameter in the place of one that is gone
+            value = None if first is None else before.get(first)
             if value is None or value.shape != parameter.shape:
                 value = _float32(parameter.detach())
-            self._held[first] = value
+            self._held[name] = value
         self._live = list(named.values())
         self._values = list(self._held.values())
         self._sharded = [place for place, each in enumerate(self._live) if is_sharded(each)]

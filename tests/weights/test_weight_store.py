@@ -288,6 +288,28 @@ def test_a_copy_of_the_callbacks_is_not_attached(plain_trainer):
             _ = copied.engine
 
 
+class Scaled(nn.Module):
+    """A layer in a wrapper that has a weight of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8, 4), 3.0))
+        self.inner = inner
+
+
+def test_a_wrapper_with_a_parameter_of_the_same_name_takes_no_others_value():
+    module = nn.Sequential(nn.Linear(4, 8))
+    store = WeightStore(module)
+    first = module[0].weight.detach().clone()
+    with torch.no_grad():
+        module[0].weight.add_(1.0)
+    module[0] = Scaled(module[0])
+    store.update(0.5)
+    state = store.state_dict()
+    assert torch.allclose(state["0.inner.weight"], first + 0.5)
+    assert torch.equal(state["0.weight"], torch.full((8, 4), 3.0))
+
+
 # ------------------------------------------------------------------------ a thousand updates
 def thousand_updates(decays: list[float]) -> tuple[WeightStore, list[Tensor]]:
     """The store after them, and all the weights that the module had."""
