@@ -345,7 +345,7 @@ MUTATIONS = [
         "C12",
         "heads stay in the optimizer after the end",
         "engine/engine.py",
-        "            self.heads.leave()\n",
+        "            self.heads.part()\n",
         "",
         f"{_contract(12)} tests/engine/test_heads.py",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Callback
 from torch import nn
@@ -34,6 +34,9 @@ class Attached(Callback):
 
     optimizer: int = 0
     """Index of the optimizer whose steps this one counts (several in manual optimisation)."""
+
+    turn: ClassVar[int] = 0
+    """Whose `before_step` comes first: lower numbers, and names among equals."""
 
     _arguments: dict[str, Any]
     _engine: Engine | None = None

@@ -16,7 +16,7 @@ from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
 
-__all__ = ["Capture", "apart", "versions"]
+__all__ = ["Capture", "apart", "has_compiled_parts", "is_as_returned", "versions"]
 
 Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -80,11 +80,7 @@ class Capture:
 
     def note_on_compilation(self) -> str:
         """A hint for modules that torch.compile may have compiled before they had a hook."""
-        compiled = any(
-            isinstance(each, OptimizedModule) or each._compiled_call_impl is not None
-            for each in self._root.modules()
-        )
-        if not compiled:
+        if not has_compiled_parts(self._root):
             return ""
         return (
             " Part of the model is compiled: if it was called before training, its graph has no "
@@ -184,6 +180,19 @@ class _Hook:
         call.given, call.given_versions = given, before
         call.original, call.original_versions = returned, versions(returned)
         record.add(self._path, call)
+
+
+def is_as_returned(call: Call) -> bool:
+    """Whether what was captured is what the module returned, and the model has not touched it."""
+    return isinstance(call, _Captured) and call.returned is call.original
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has to do with the module or one inside it, as far as it shows."""
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        isinstance(each, OptimizedModule) or each._compiled_call_impl is not None
+        for each in module.modules()
+    )
 
 
 def apart(nested: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_aux.schedule import Horizon
 
-__all__ = ["horizon_of"]
+__all__ = ["accumulates", "horizon_of"]
 
 
 def horizon_of(trainer: Any, automatic: bool) -> Horizon:
@@ -33,6 +33,11 @@ def horizon_of(trainer: Any, automatic: bool) -> Horizon:
         return Horizon(total=limit, epoch_steps=epoch_steps)
     total = sum(epoch_steps[:epochs]) + max(0, epochs - length) * epoch_steps[-1]
     return Horizon(total=total if limit is None else min(total, limit), epoch_steps=epoch_steps)
+
+
+def accumulates(trainer: Any) -> bool:
+    """Whether an optimizer step may be made of several micro-batches, in some epoch."""
+    return any(size != 1 for size in _accumulation_by_epoch(trainer).values())
 
 
 def _accumulation_by_epoch(trainer: Any) -> dict[int, int]:

@@ -19,6 +19,7 @@ __all__ = [
     "has_flat_parameters",
     "is_fully_sharded",
     "processes",
+    "same_everywhere",
     "shard",
     "shards_parameters",
 ]
@@ -32,6 +33,17 @@ def processes() -> int:
 def data_rank(strategy: Any) -> int:
     """Which of the processes that see different data this one is; those of one share a number."""
     return int(getattr(strategy, "distributed_sampler_kwargs", {}).get("rank", 0))
+
+
+def same_everywhere(number: int, device: torch.device) -> int:
+    """The number that the first process has."""
+    if processes() == 1:
+        return number
+    # As two halves: seeds have 64 bits without a sign.
+    halves = torch.tensor([number >> 32, number & 0xFFFFFFFF], device=device)
+    dist.broadcast(halves, 0)
+    high, low = halves.tolist()
+    return int(high) << 32 | int(low)
 
 
 def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -28,12 +28,13 @@ from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.running import Running
 from lightning_aux.engine.step import Progress, Step, Vote
+from lightning_aux.engine.tail import Tail
 from lightning_aux.engine.taps import Locations
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from lightning_aux.schedule import Horizon
+    from lightning_aux.schedule import Division, Horizon
 
 __all__ = ["Engine", "TeacherLike", "TermLike"]
 
@@ -92,6 +93,7 @@ class Engine:
         self.indices = Indices()
         self.model_call = ModelCall(module, self.capture)
         self.horizon: Horizon | None = None
+        self.division: Division | None = None
         self.clocks = [0]
         self.objectives: list[TermLike] = []
         self._teachers: dict[str, TeacherLike] = {}
@@ -99,6 +101,7 @@ class Engine:
         self._running: Running | None = None
         self._restored: dict[str, Any] | None = None
         self._said: set[str] = set()
+        self._tails: dict[str, Tail] = {}
         self._checked = self._loaded = self._started = self._detached = False
 
     def continue_from(self, before: Engine) -> None:
@@ -173,6 +176,16 @@ class Engine:
                 f"Add one to the Trainer's callbacks, for example EMATeacher(name={name!r})."
             )
         return self._teachers[name]
+
+    def tail(self, path: str, asked_by: str) -> Tail:
+        """What follows the module at ``path``; to be asked for in ``check`` first.
+
+        Raises:
+            AuxiliaryError: there is no such module, or it names several.
+        """
+        if path not in self._tails:
+            self._tails[path] = Tail(self, path, asked_by)
+        return self._tails[path]
 
     def say(self, what: str, where: str) -> None:
         """Tell the user once what a default was bound to."""
@@ -266,7 +279,7 @@ class Engine:
         # Lightning counts the steps of all optimizers together, the engine those of each.
         count = max(1, len(self.trainer.optimizers))
         self.clocks = list(saved.get("steps", [self.trainer.global_step // count] * count))
-        self.horizon = horizon_of(self.trainer, self.module.automatic_optimization)
+        self.horizon = self._measured()
         self.indices.settle(self.trainer)
         states = saved.get("members", {})
         missing = [name for name in self.members if name not in states] if saved else []
@@ -287,6 +300,15 @@ class Engine:
         self._running.wrap(self._patches)
         self.model_call.watch()
         log_hyperparameters(self.trainer, self.module, self.members)
+
+    def _measured(self) -> Horizon:
+        horizon = horizon_of(self.trainer, self.module.automatic_optimization)
+        if self.division is None:
+            return horizon
+        try:
+            return self.division.of(horizon)
+        except ValueError as error:
+            raise AuxiliaryError(f"phases {str(self.division)!r}: {error}") from error
 
     # --------------------------------------------------------------------------- during training
     def progress(self, optimizer: int = 0) -> Progress:
@@ -360,6 +382,6 @@ class Engine:
                 self._running.stop()
             self.capture.clear()
             self.heads.hide()
-            self.heads.leave()
+            self.heads.part()
             self._patches.undo()
         self._detached = True

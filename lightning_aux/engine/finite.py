@@ -53,6 +53,7 @@ class Verdicts:
     def __init__(self) -> None:
         self._together = processes() > 1
         self._rank = dist.get_rank() if self._together else 0
+        self._world = processes()
         self._pending: deque[
             tuple[Tensor | list[list[Any]], torch.cuda.Event | None, list[str], int]
         ] = deque()
@@ -80,7 +81,8 @@ class Verdicts:
             if term is None:
                 codes[place] = FAILED
         if self._together:
-            codes = torch.where(codes > 0, codes + 4 * self._rank, codes)
+            # A failure counts for more than any value, on whichever process.
+            codes = torch.where(codes > 0, codes * self._world + self._rank, codes)
             dist.all_reduce(codes, op=dist.ReduceOp.MAX)
         judged = torch.stack([codes, values])
         event = None
@@ -111,7 +113,7 @@ class Verdicts:
             codes, values = judged.tolist() if isinstance(judged, Tensor) else judged
             for name, code, value in zip(names, codes, values, strict=True):
                 if code != FINE:
-                    rank, kind = divmod(int(code), 4)
+                    kind, rank = divmod(int(code), self._world)
                     own = rank == self._rank
                     yield Trouble(name, steps, rank, value if own else None, kind == FAILED)
 

@@ -10,7 +10,7 @@ while optimizer states are saved or loaded they step aside.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -27,6 +27,11 @@ from lightning_aux.functional.shards import gathered, is_sharded, like, local, p
 __all__ = ["Heads"]
 
 ATTRIBUTE = "_lightning_aux_heads"
+# Optimizers that would train no head, or keep it where it cannot be taken out.
+_REFUSED = {
+    "ZeroRedundancyOptimizer": "has divided its parameters among the processes when it was made",
+    "LBFGS": "remembers one flat vector of all its parameters",
+}
 # What of a strategy reads or writes the states of optimizers.
 _STATES = ("optimizer_state", "load_optimizer_state_dict", "load_checkpoint")
 
@@ -45,6 +50,7 @@ class Heads:
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._optimizers: list[Optimizer] = []
         self._left: list[dict[Tensor, Any]] | None = None  # states, once out of the optimizers
+        self._hooks: list[Any] = []
 
     def __bool__(self) -> bool:
         return len(self._heads) > 0
@@ -77,13 +83,23 @@ class Heads:
         """Take the heads out of the module."""
         self._module._modules.pop(ATTRIBUTE, None)
 
-    def zero_term(self, names: Collection[str]) -> Tensor | float:
-        """A zero that depends on every parameter of the heads of ``names``.
+    def zero_term(self, optimizer: int | None) -> Tensor | float:
+        """A zero that depends on every parameter of the heads that an optimizer trains.
 
-        DDP waits for a gradient of each parameter; a head whose objective is silent in this step
-        gives it one of exactly zero.
+        DDP waits in every backward for a gradient of each parameter; a head whose objective is
+        silent in it gives it one of exactly zero.
+
+        Args:
+            optimizer: the one that is toggled; heads of the others wait for nothing then.
         """
-        parameters = [each for name in self.names if name in names for each in self._trained[name]]
+        if self._left is not None:  # a state that could not be loaded, and the user went on
+            self._return()
+        parameters = [
+            each
+            for name in self.names
+            if optimizer is None or self._places[name] == optimizer
+            for each in self._trained[name]
+        ]
         if not parameters:
             return 0.0
         # Of a sharded parameter this process may hold no element at all.
@@ -120,11 +136,44 @@ class Heads:
         }
         self._optimizers, self._left = optimizers, None
         for optimizer, parameters in self._joined():
+            self._check_joins(optimizer)
+            self._step_aside_for_states(optimizer)
             # Some optimizers (Adagrad) make their state when they are built: a sibling makes it.
             if optimizer.state:
                 sibling = type(optimizer)(parameters, **optimizer.defaults)
                 optimizer.state.update(sibling.state)
             optimizer.param_groups[0]["params"].extend(parameters)
+
+    def _check_joins(self, optimizer: Optimizer) -> None:
+        """Refuse optimizers that keep their parameters elsewhere than in their groups."""
+        for base in type(optimizer).__mro__:
+            if base.__name__ in _REFUSED:
+                raise AuxiliaryError(
+                    f"{', '.join(self.names)}: {type(optimizer).__name__} {_REFUSED[base.__name__]}"
+                    f", so a head cannot join it. Use another optimizer, or an objective without "
+                    f"a head."
+                )
+
+    def _step_aside_for_states(self, optimizer: Optimizer) -> None:
+        """What the user's own code saves of an optimizer, or loads, has no heads in it either."""
+        ours: list[bool] = []
+
+        def leave(*_: Any) -> None:
+            ours.append(self._left is None)
+            if ours[-1]:
+                self.leave()
+
+        def come_back(*_: Any) -> None:
+            if ours and ours.pop() and self._left is not None:
+                self._return()
+
+        # By hooks, which Lightning's wrapper of the optimizer follows too.
+        self._hooks += [
+            optimizer.register_state_dict_pre_hook(leave),
+            optimizer.register_state_dict_post_hook(come_back),
+            optimizer.register_load_state_dict_pre_hook(leave),
+            optimizer.register_load_state_dict_post_hook(come_back),
+        ]
 
     def _joined(self) -> list[tuple[Optimizer, list[nn.Parameter]]]:
         """Each optimizer that trains heads, and their parameters, in the order of names."""
@@ -169,6 +218,13 @@ class Heads:
             group[:] = [each for each in group if id(each) not in ours]
             for each in parameters:
                 optimizer.state.pop(each, None)
+
+    def part(self) -> None:
+        """Leave for good; to be called again if Ctrl-C interrupts it."""
+        self.leave()
+        while self._hooks:
+            self._hooks[-1].remove()
+            self._hooks.pop()
 
     def _return(self) -> None:
         assert self._left is not None

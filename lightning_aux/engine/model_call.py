@@ -117,7 +117,7 @@ class ModelCall:
         same = not arguments and not keywords
         if same:
             arguments, keywords = call.arguments, call.keywords
-        if same and call.overwritten:
+        if same and (call.overwritten or "input" in call.lost):
             raise AuxiliaryError(
                 f"{asked_by}: {self.where} writes into its own input, so a second pass cannot see "
                 f"what the model saw. Begin it with x = x.clone(), or use operations that "

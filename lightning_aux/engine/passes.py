@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_aux.engine.capture import apart
 from lightning_aux.engine.distributed import data_rank
+from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, StepState
 
@@ -31,10 +33,17 @@ class Passes:
         self._engine = engine
         self._capture = engine.capture
         self._unobserved = Unobserved(engine.module)
+        # A whole step also updates the metrics that the model's forward does not know of.
+        self._unobserved_step = Unobserved(engine.module)
+
+    run_step: Callable[[Any], Any]
+    """The user's own ``training_step`` on another batch, with the other arguments of this one."""
 
     def stop(self) -> None:
         """Undo what an interrupted pass has left."""
         self._unobserved.restore()
+        self._unobserved_step.restore()
+        self.__dict__.pop("run_step", None)
 
     def teacher(self, name: str, state: StepState, asked_by: str) -> list[Record]:
         """The teacher's pass over this batch; run on first use, once per step.
@@ -80,8 +89,76 @@ class Passes:
         asked_by: str,
         arguments: tuple[Any, ...],
         keywords: Mapping[str, Any],
+        tail: str | None = None,
     ) -> Record:
-        """A pass with the student's weights and gradients; run whenever asked."""
+        """A pass with the student's weights and gradients; run whenever asked.
+
+        Args:
+            state: of the step.
+            asked_by: begins the message of an error.
+            arguments: of the model, in place of the step's own.
+            keywords: likewise.
+            tail: the module that the pass begins with; what ran before is taken from the step.
+        """
+        record = Record(state.record.batch, "the second pass")
+        run = self._engine.model_call.again(state.record, asked_by, arguments, keywords)
+        before, self._capture.record = self._capture.record, record
+        try:
+            with self._from(tail, state, self._unobserved, asked_by):
+                run()
+        finally:
+            self._capture.record = before
+        return record
+
+    def loss_again(self, state: StepState, asked_by: str, tail: str) -> Tensor:
+        """The user's loss from their whole ``training_step``, of which the tail is computed anew.
+
+        Raises:
+            AuxiliaryError: the step returns no loss.
+        """
+        before, self._capture.record = self._capture.record, None
+        try:
+            with self._from(tail, state, self._unobserved_step, asked_by):
+                output = self.run_step(apart(state.record.batch))
+        finally:
+            self._capture.record = before
+        return self._loss_in(output, asked_by)
+
+    def loss_of(self, batch: Any, seed: int, asked_by: str) -> Tensor:
+        """The user's loss of some batch, from their whole ``training_step``, with gradients.
+
+        Args:
+            batch: on the device, as ``training_step`` takes it.
+            seed: of the random numbers that the model draws.
+            asked_by: begins the message of an error.
+
+        Raises:
+            AuxiliaryError: the step returns no loss.
+        """
+        device = self._engine.trainer.strategy.root_device
+        before, self._capture.record = self._capture.record, None
+        try:
+            with (
+                torch.compiler.set_stance("force_eager"),
+                self._unobserved_step.repeated(device, seed),
+            ):
+                return self._loss_in(self.run_step(batch), asked_by)
+        finally:
+            self._capture.record = before
+
+    def _loss_in(self, output: Any, asked_by: str) -> Tensor:
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise AuxiliaryError(
+                f"{asked_by}: {type(self._engine.module).__name__}.training_step, run once more on "
+                f"the same batch, returned {type(loss).__name__}, no loss. Give loss=... instead."
+            )
+        return loss
+
+    @contextmanager
+    def _from(
+        self, tail: str | None, state: StepState, unobserved: Unobserved, asked_by: str
+    ) -> Iterator[None]:
         trainer = self._engine.trainer
         state.passes += 1
         where = (asked_by, trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
@@ -89,12 +166,14 @@ class Passes:
         # that see other data draw other masks.
         drawn = crc32(repr((*where, data_rank(trainer.strategy))).encode())
         seed = (torch.initial_seed() + drawn) % 2**63
-        record = Record(state.record.batch, "the second pass")
-        run = self._engine.model_call.again(state.record, asked_by, arguments, keywords)
-        before, self._capture.record = self._capture.record, record
-        try:
-            with self._unobserved.repeated(state.loss.device, seed):
-                run()
-        finally:
-            self._capture.record = before
-        return record
+        if tail is None:
+            with unobserved.repeated(state.loss.device, seed):
+                yield
+            return
+        known = self._engine.tail(tail, asked_by).remembered(state.record)
+        # What is compiled would have the modules that remember compiled into it.
+        with (
+            torch.compiler.set_stance("force_eager"),
+            unobserved.repeated(state.loss.device, seed, known),
+        ):
+            yield

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
+
+from lightning_aux.engine.patches import Patches
 
 __all__ = ["Unobserved"]
 
@@ -32,6 +35,7 @@ class Unobserved:
         # Watched in the first pass; after it only those that the model updates in its forward.
         self._metrics = [each for each in module.modules() if isinstance(each, Metric)]
         self._settled = False
+        self._written: set[tuple[int, str]] | None = None  # holder and key of a buffer
         self._undone: list[Callable[[], None]] = []  # what is still to be undone
 
     @contextmanager
@@ -50,26 +54,75 @@ class Unobserved:
         )
         with self._undoing(partial(_set_training, modules, True)):
             _set_training(modules, False)
-            with self._aside(device), torch.no_grad(), autocast:
+            with self._buffers_kept(), self._aside(device), torch.no_grad(), autocast:
                 yield
 
     @contextmanager
-    def repeated(self, device: torch.device, seed: int) -> Iterator[None]:
+    def _buffers_kept(self) -> Iterator[None]:
+        """Buffers are afterwards as they were: the model writes into copies of those it writes to.
+
+        Which these are is a property of the model: in the first pass all are copies.
+        """
+        if torch.compiler.is_compiling():
+            yield
+            return
+        places = [
+            (holder._buffers, key, buffer)
+            for holder in self._module.modules()
+            if holder._buffers
+            for key, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
+        if self._written is not None:
+            places = [each for each in places if (id(each[0]), each[1]) in self._written]
+        copies = [buffer.clone() for _, _, buffer in places]
+        before = [None if each.is_inference() else each._version for each in copies]
+        with self._undoing(partial(_hold, places)):
+            _hold([(held, key, c) for (held, key, _), c in zip(places, copies, strict=True)])
+            yield
+            if self._written is None:
+                self._written = {
+                    (id(held), key)
+                    for (held, key, buffer), copy, version in zip(
+                        places, copies, before, strict=True
+                    )
+                    if held.get(key) is not copy
+                    or (version is not None and copy._version != version)
+                    or not torch.equal(copy, buffer)  # a kernel may leave no trace
+                }
+
+    @contextmanager
+    def repeated(
+        self,
+        device: torch.device,
+        seed: int,
+        remembering: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Iterator[None]:
         """Training mode and gradients, with random numbers of its own.
 
         The model writes its running statistics into copies. The originals belong to the graph of
         the first pass too: written to once more, its backward would be refused.
+
+        Args:
+            device: where the model is.
+            seed: of the random numbers.
+            remembering: modules that do not run, and what is called in place of their ``forward``.
         """
+        resting = {id(each) for module in remembering for each in module.modules()}
         buffers = [
             (holder._buffers, key, buffer)
             for holder in self._module.modules()
+            if holder._buffers and id(holder) not in resting
             for key, buffer in holder._buffers.items()
             if buffer is not None
         ]
         # All of them: a kernel such as batch_norm's writes without a trace that could be asked for.
         copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-        with self._undoing(partial(_hold, buffers)):
+        patches = Patches()
+        with self._undoing(partial(_hold, buffers)), self._undoing(patches.undo):
             _hold([(held, key, copies[id(buffer)]) for held, key, buffer in buffers])
+            for module, function in remembering.items():
+                patches.set(module, "forward", function)
             with self._aside(device):
                 torch.manual_seed(seed)
                 yield

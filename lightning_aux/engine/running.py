@@ -37,7 +37,8 @@ class Running:
         self._trainer = engine.trainer
         self._capture = engine.capture
         self._stepping = Stepping(engine)
-        self._preparers = engine.overriding("before_step")
+        # By name already, which decides among equals.
+        self._preparers = sorted(engine.overriding("before_step"), key=lambda each: each.turn)
         self._verdicts = Verdicts()
         # Sharded models communicate inside of a term: a process that fails there cannot go on to
         # tell the others, and Lightning ends them.
@@ -78,7 +79,12 @@ class Running:
             manual_backward = module.manual_backward
 
             def with_terms_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-                manual_backward(self._join_backward(loss), *args, **kwargs)
+                # A checkpointed forward that backward runs again is not a call of the step.
+                record, self._capture.record = self._capture.record, None
+                try:
+                    manual_backward(self._join_backward(loss), *args, **kwargs)
+                finally:
+                    self._capture.record = record
 
             patches.wrap(module, "manual_backward", with_terms_backward)
 
@@ -97,6 +103,13 @@ class Running:
         engine = self._engine
         self._stepping.toggled = None
         engine.indices.begin_batch(self._trainer.fit_loop.epoch_loop.total_batch_idx)
+
+        def run_on(batch: Any) -> Any:
+            if "batch" in kwargs:
+                return training_step(*args, **{**kwargs, "batch": batch})
+            return training_step(*((batch, *args[1:]) if args else ()), **kwargs)
+
+        engine.passes.run_step = run_on
         now = [engine.progress(place) for place in range(len(engine.clocks))]
         for member in self._preparers:
             member.before_step(now[member.optimizer])
@@ -136,13 +149,11 @@ class Running:
         state = self._now
         if state is None or self._stopped:
             return loss
-        record, self._capture.record = self._capture.record, None
         position, state.backwards = state.backwards, state.backwards + 1
         joining = [each for each in self._engine.objectives if self._joins(each, state, position)]
         try:
             return self._add_terms(state, loss, joining)
         finally:
-            self._capture.record = record
             state.record.spend()
             state.teachers.clear()
 
@@ -212,10 +223,7 @@ class Running:
                 self._check_depends(name, term, loss)
                 total = total + weights[name] * term
         if engine.heads:
-            joined = {*weights}
-            if state.backwards <= 1:  # those that belong to no objective
-                joined |= {*engine.heads.names} - {each.name for each in engine.objectives}
-            total = total + engine.heads.zero_term(joined)
+            total = total + engine.heads.zero_term(self._stepping.toggled)
         if logs_now(self._trainer):
             if joining:  # several manual_backward calls of one step add up
                 state.main = state.main + loss.detach()

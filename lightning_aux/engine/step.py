@@ -15,7 +15,7 @@ from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, fin
 if TYPE_CHECKING:
     from lightning_aux.engine.engine import Engine
 
-__all__ = ["Call", "Pass", "Progress", "Record", "Step"]
+__all__ = ["Call", "Pass", "Progress", "Record", "Repeats", "Step"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,11 @@ class Record:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     resolved: dict[Any, Any] = field(default_factory=dict)
     spent: set[str] = field(default_factory=set)
+    sequence: list[str] = field(default_factory=list)
+    """The paths in the order in which their calls returned."""
 
     def add(self, path: str, call: Call) -> None:
+        self.sequence.append(path)
         if path in self.spent:
             self.spent.discard(path)
             self.calls[path] = []
@@ -79,6 +82,7 @@ class Record:
         """A backward pass has freed the graph of these calls: the next ones replace them."""
         self.spent = set(self.calls)
         self.resolved.clear()
+        self.sequence.clear()
 
 
 class Pass:
@@ -365,6 +369,14 @@ class Step(Pass):
         record = self._engine.passes.student(self._state, self._asked_by, arguments, keywords)
         return Pass(self._engine, record, self._locations, self._asked_by)
 
+    def after(self, path: str) -> Repeats:
+        """Repetitions of this step from the module at ``path`` on, declared with ``engine.tail``.
+
+        Everything that ran before that module's call is taken from the step itself, gradients
+        included; the rest is computed again with other random numbers, of our own.
+        """
+        return Repeats(self, path)
+
     def weights(self, teacher: str) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The trainable parameters and, in the same order, the teacher's values of them."""
         return self._engine.teacher(teacher, self._asked_by).pairs()
@@ -376,6 +388,33 @@ class Step(Pass):
         memory, and a step that a gradient scaler skips moves nothing.
         """
         self._defer(act)
+
+
+class Repeats:
+    """A step from one module on, as often as asked; see `Step.after`."""
+
+    def __init__(self, step: Step, path: str) -> None:
+        self._step = step
+        self._path = path
+
+    def loss(self) -> Tensor:
+        """The user's loss, from their ``training_step`` run once more.
+
+        What it logs, and what it does to metrics and buffers, is undone; other things that it
+        changes are not.
+
+        Raises:
+            AuxiliaryError: in manual optimisation, where the step also takes optimizer steps.
+        """
+        step = self._step
+        return step._engine.passes.loss_again(step._state, step._asked_by, self._path)
+
+    def again(self) -> Pass:
+        """The model's call once more."""
+        step = self._step
+        passes = step._engine.passes
+        record = passes.student(step._state, step._asked_by, (), {}, tail=self._path)
+        return Pass(step._engine, record, step._locations, step._asked_by)
 
 
 @dataclass

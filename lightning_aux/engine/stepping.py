@@ -114,9 +114,12 @@ class Stepping:
 
     def _place(self, optimizer: Any) -> int | None:
         """The position of an optimizer, or of Lightning's wrapper around it."""
-        inner = getattr(optimizer, "optimizer", optimizer)
-        places = [place for place, each in enumerate(self.optimizers) if each is inner]
-        return places[0] if places else None
+        # The user's own may have an attribute of that name too.
+        for own in (optimizer, getattr(optimizer, "optimizer", None)):
+            for place, each in enumerate(self.optimizers):
+                if each is own:
+                    return place
+        return None
 
     def _stepping(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depths[place] += 1

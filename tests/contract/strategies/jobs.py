@@ -22,7 +22,7 @@ from lightning_aux import EMATeacher, Objective, SelfDistillation, Step, Taps
 from lightning_aux.engine.distributed import gather_rows
 from lightning_aux.registry import ENTRIES
 from lightning_aux.schedule import Steps
-from tests.contract.models import Classifier, Samples
+from tests.contract.models import FEATURES, HIDDEN, Classifier, Samples
 from tests.contract.probe import Probe
 from tests.contract.strategies.places import BATCH, BATCHES, Place, train, whole_weights
 from tests.contract.strategies.watching import (
@@ -94,10 +94,15 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
         found[f"nan {kind}"] = partial(nan_on_one_rank, place, kind)
     found["watched"] = partial(watched, place)
     found["gather"] = partial(gather, place)
+    for case in (HEAD, "self_distillation_features", WITHOUT):
+        found[f"two backwards {case}"] = partial(in_two_backwards, place, case)
+    for case in ("self_distillation_features", HEAD):
+        found[f"compiled {case}"] = partial(compiled, place, case)
     found["wandb"] = partial(one_wandb_run, place, folder)
     for name, weight in SILENT.items():
         found[f"silent head {name}"] = partial(silent_head, place, weight)
     if not place.sharded:
+        found["adversaries"] = partial(adversaries, place)
         for entry in TERMS:
             found[f"empty {entry}"] = partial(empty_batch, place, entry)
         for name, weight in SILENT.items():
@@ -366,6 +371,130 @@ def term_on_one_rank(place: Place) -> dict[str, Any]:
         "head": heads([objective]),
         "keys": [sorted(row) for row in rows.rows],
         "global_step": trainer.global_step,
+    }
+
+
+# ---------------------------------------------------------------------------- further user modules
+class Halved(Classifier):
+    """One optimizer step of two backwards, each of half the loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            self.manual_backward(self.total_loss(batch) / 2)
+        optimizer.step()
+
+
+def of_kind(place: Place, mixed_in: type, one_process: bool) -> type[Classifier]:
+    """The place's model with other methods."""
+    base = place.whole if one_process else place.model
+    return type(mixed_in.__name__, (mixed_in, base), {})  # type: ignore[return-value]
+
+
+def in_two_backwards(place: Place, case: str) -> dict[str, Any]:
+    added = added_for(case, 0.5)
+    kind = of_kind(place, Halved, place.processes == 1)
+    module, trainer = train(place, added, {"manual": True}, kind=kind)
+    return {
+        "weights": whole_weights(module),
+        "head": heads(added),
+        "global_step": trainer.global_step,
+    }
+
+
+class Own(nn.Sequential):
+    """A class of the user's own: `compile()` of a bare `nn.Sequential` compiles nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+class InGraphs(Classifier):
+    """The encoder is compiled, and counts how often its graph runs."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.encoder = Own(*self.encoder)
+        self.runs = 0
+        self.encoder.compile(backend=self._counted, dynamic=False)
+
+    def _counted(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            self.runs += 1
+            return graph(*arguments)
+
+        return run
+
+
+def compiled(place: Place, case: str) -> dict[str, Any]:
+    torch._dynamo.reset()
+    added = added_for(case)
+    module, _ = train(place, added, kind=of_kind(place, InGraphs, place.processes == 1))
+    return {"weights": whole_weights(module), "head": heads(added), "runs": module.runs}
+
+
+class Adversaries(L.LightningModule):
+    """A generator and a discriminator, each with an optimizer, toggled in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Linear(FEATURES, FEATURES)
+        self.discriminator = nn.Sequential(
+            nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.discriminator(self.generator(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, _ = batch
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        self.manual_backward(F.softplus(-self(x)).mean())
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        real = F.softplus(-self.discriminator(x)).mean()
+        self.manual_backward(real + F.softplus(self(x)).mean())
+        second.step()
+        second.zero_grad()
+        self.untoggle_optimizer(second)
+
+    def configure_optimizers(self) -> Any:
+        parts = (self.generator, self.discriminator)
+        return [torch.optim.SGD(each.parameters(), 0.1) for each in parts]
+
+
+class Small(Objective):
+    """A head on one part, which trains with that part's optimizer."""
+
+    def __init__(self, name: str, reads: str, width: int, optimizer: int) -> None:
+        super().__init__(0.5, name, reads=reads, optimizer=optimizer)
+        self.width = width
+
+    def build_head(self, module: nn.Module) -> nn.Module:
+        return nn.Linear(self.width, 2)
+
+    def loss(self, step: Step) -> Tensor:
+        return (self.head(step.features(self.reads[0])) - 1).square().mean()
+
+
+def adversaries(place: Place) -> dict[str, Any]:
+    """A head and a teacher for each optimizer."""
+    parts = [
+        Small("of_generator", "generator", FEATURES, 0),
+        Small("of_discriminator", "discriminator.1", HIDDEN, 1),
+    ]
+    teachers = [EMATeacher(0.5, "first", optimizer=0), EMATeacher(0.5, "second", optimizer=1)]
+    strategy = {} if place.processes == 1 else {"find_unused_parameters": True}
+    module, _ = train(place, [*parts, *teachers], kind=Adversaries, strategy=strategy, max_epochs=1)
+    return {
+        "weights": whole_weights(module),
+        "head": heads(parts),
+        "teachers": [each.state() for each in teachers],
     }
 
 

@@ -9,14 +9,17 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.contract.strategies.jobs import HEAD
+from tests.contract.strategies.jobs import HEAD, WITHOUT
 from tests.contract.strategies.matrix import (
     every_comparable,
     every_place,
     furthest,
     in_one_process,
 )
+from tests.contract.training import TERMS
 
 every_precision = pytest.mark.parametrize(
     ("precision", "limit"),
@@ -42,3 +45,20 @@ def test_training_in_half_precision_is_finite_and_near_float32(
     assert all(map(math.isfinite, logged))
     assert all(value.isfinite().all() for value in half["weights"].values())
     assert 0 < furthest(half["weights"], full["weights"]) < limit
+    if entry in TERMS or entry == HEAD:
+        without = ended(place, f"sgd {WITHOUT}")["weights"]
+        assert 0.6 < share(half["weights"], full["weights"], without) < 1.4
+
+
+def share(half: dict[str, Tensor], full: dict[str, Tensor], without: dict[str, Tensor]) -> float:
+    """How much of what the term does in float32 it has done here: 0 for a term that is missing.
+
+    The rounding of half precision may be larger than the whole effect of a term, but it does not
+    point the same way.
+    """
+    here, there, start = (
+        torch.cat([each.double().flatten() for each in weights.values()])
+        for weights in (half, full, without)
+    )
+    effect = there - start
+    return float((here - start) @ effect / (effect @ effect))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.strategies.jobs import SILENT
-from tests.contract.strategies.matrix import every_place, in_ddp
+from tests.contract.strategies.jobs import SILENT, WITHOUT, adversaries, in_two_backwards
+from tests.contract.strategies.matrix import TOLERANCE, every_place, furthest, in_ddp
+from tests.contract.strategies.places import BATCHES, PLACES
 from tests.contract.training import identical
 
 ACTIVE = {
@@ -37,6 +38,41 @@ def test_f39_a_silent_head_has_a_gradient_of_exactly_zero(
 ) -> None:
     first = ended(place, f"silent head {silent}")
     assert [largest > 0 for largest in first["gradients"]] == ACTIVE[silent]
+
+
+@every_place
+@pytest.mark.parametrize("case", ["head", "self_distillation_features", WITHOUT])
+def test_f39_two_backwards_of_one_step_train_as_in_one_process(
+    ended: Any, place: str, case: str
+) -> None:
+    """The term joins the first; the second has no other use for the head."""
+    first, second = (ended(place, f"two backwards {case}", rank) for rank in (0, 1))
+    assert identical(first, second)
+    one = in_two_backwards(PLACES[place].one_process, case)
+    assert furthest(first, one) < TOLERANCE
+    if case != WITHOUT:
+        without = ended(place, f"two backwards {WITHOUT}")
+        assert furthest(first["weights"], without["weights"]) > 100 * TOLERANCE
+
+
+@in_ddp
+def test_heads_and_teachers_of_two_optimizers_train_as_in_one_process(
+    ended: Any, place: str
+) -> None:
+    """A generator and a discriminator, toggled in turn."""
+    first, second = (ended(place, "adversaries", rank) for rank in (0, 1))
+    assert identical(first, second)
+    assert furthest(first, adversaries(PLACES[place].one_process)) < TOLERANCE
+    assert [each["updates"] for each in first["teachers"]] == [BATCHES, BATCHES]
+
+
+@every_place
+@pytest.mark.parametrize("case", ["self_distillation_features", "head"])
+def test_a_compiled_part_trains_as_an_eager_one(ended: Any, place: str, case: str) -> None:
+    found, eager = ended(place, f"compiled {case}"), ended(place, f"sgd {case}")
+    assert found["runs"] >= 2 * BATCHES
+    assert furthest(found["weights"], eager["weights"]) < TOLERANCE
+    assert furthest(found["head"], eager["head"]) < TOLERANCE
 
 
 @in_ddp
