@@ -4,34 +4,43 @@
 `schedule.bind(horizon)` gives the function of the optimizer step.
 """
 
-from .horizon import Duration, Horizon
+from .horizon import Border, Duration, Horizon, Moment, parse_moment
 from .interval import Interval, Time
 from .parse import ScheduleError
+from .phases import Division
 from .schedule import (
     Chain,
     Constant,
     Cosine,
+    During,
     Early,
     Exponential,
     Late,
     Linear,
     Schedule,
     Steps,
+    Sum,
 )
 
 __all__ = [
+    "Border",
     "Chain",
     "Constant",
     "Cosine",
+    "Division",
     "Duration",
+    "During",
     "Early",
     "Exponential",
     "Horizon",
     "Interval",
     "Late",
     "Linear",
+    "Moment",
     "Schedule",
     "ScheduleError",
     "Steps",
+    "Sum",
     "Time",
+    "parse_moment",
 ]

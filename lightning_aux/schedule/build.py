@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .horizon import Duration
+from .horizon import Border, Duration
 from .parse import (
     EXAMPLES,
     SCHEDULE_EXAMPLE,
@@ -30,10 +30,11 @@ from .parse import (
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-Role: TypeAlias = Literal["value", "values", "time", "end", "times", "shape", "parts"]
+Role: TypeAlias = Literal["value", "values", "time", "end", "times", "shape", "phase", "parts"]
 
 _EXPECTED: dict[Role, str] = {
     "shape": "a shape such as linear",
+    "phase": "the name of a phase of training",
     "time": f"a time such as {TIME_EXAMPLE}",
     "end": f"a time such as {TIME_EXAMPLE}",
     "times": f"a time, or times in brackets, such as {TIME_EXAMPLE}",
@@ -115,8 +116,12 @@ class _Builder:
             return self.schedule(node)
         if role == "times" and isinstance(node, Sequence):
             return [self.read("time", item, example) for item in node.items]
-        if role == "shape" and isinstance(node, Word):
-            return node.text
+        if isinstance(node, Word):
+            border = "." in node.text
+            if role in ("shape", "phase") and not border:
+                return node.text
+            if role in ("time", "end", "times") and border:
+                return Border.from_word(node)
         if role in ("time", "end", "times") and isinstance(node, Quantity):
             return Duration.from_quantity(node, self.text)
         if role in ("value", "values") and isinstance(node, Quantity) and node.unit is None:

@@ -7,11 +7,24 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
+from typing import Literal, TypeAlias, cast
 
-from .parse import TIME_EXAMPLE, Quantity, ScheduleError, Unit, one_line, parse_time, pointed
+from .parse import (
+    EDGES,
+    TIME_EXAMPLE,
+    Quantity,
+    ScheduleError,
+    Unit,
+    Word,
+    near,
+    one_line,
+    parse_time,
+    pointed,
+)
 
 _SUFFIX: dict[Unit, str] = {"steps": " steps", "epochs": "ep", "percent": "%"}
 
@@ -76,7 +89,11 @@ class Duration:
             kind = type(spec).__name__
             raise pointed(repr(spec), 0, f"a time cannot be a {kind}", TIME_EXAMPLE)
         text = one_line(spec)
-        return cls.from_quantity(parse_time(text), text)
+        parsed = parse_time(text)
+        if isinstance(parsed, Word):
+            message = f"{parsed.text} is a moment, and here a length of time is needed"
+            raise pointed(text, parsed.start, message, TIME_EXAMPLE)
+        return cls.from_quantity(parsed, text)
 
     @classmethod
     def from_quantity(cls, node: Quantity, text: str) -> Duration:
@@ -95,6 +112,50 @@ class Duration:
 
 
 @dataclass(frozen=True)
+class Border:
+    """The moment at which a named phase of training begins or ends.
+
+    Attributes:
+        phase: its name.
+        edge: `"start"` or `"end"`.
+    """
+
+    phase: str
+    edge: Literal["start", "end"]
+
+    def __post_init__(self) -> None:
+        if self.edge not in EDGES:
+            raise ScheduleError(f"a phase has a start and an end, not {self.edge!r}")
+
+    @classmethod
+    def from_word(cls, node: Word) -> Border:
+        """Makes a border of a parsed `main.start`."""
+        phase, _, edge = node.text.partition(".")
+        return cls(phase, cast(Literal["start", "end"], edge))
+
+    def __str__(self) -> str:
+        return f"{self.phase}.{self.edge}"
+
+
+Moment: TypeAlias = Duration | Border
+
+
+def parse_moment(spec: int | str | Moment) -> Moment:
+    """Reads a moment: a `Duration` counted from the start of training, or a `Border`.
+
+    Raises:
+        ScheduleError: (a ValueError) as `Duration.parse`.
+    """
+    if isinstance(spec, Border):
+        return spec
+    if isinstance(spec, str):
+        parsed = parse_time(spec)
+        if isinstance(parsed, Word):
+            return Border.from_word(parsed)
+    return Duration.parse(spec)
+
+
+@dataclass(frozen=True)
 class Horizon:
     """How long training is, in optimizer steps.
 
@@ -102,6 +163,7 @@ class Horizon:
         total: optimizer steps of the whole training; None where it has no end.
         epoch_steps: optimizer steps of each epoch, because gradient accumulation may change from
             epoch to epoch. The last value holds for all later epochs; None where it is unknown.
+        phases: first and last step (the latter not included) of each named phase of training.
 
     Raises:
         ValueError: for a negative total or an epoch of less than one step.
@@ -109,6 +171,7 @@ class Horizon:
 
     total: int | None = None
     epoch_steps: tuple[int, ...] | None = None
+    phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.total is not None and self.total < 0:
@@ -121,7 +184,7 @@ class Horizon:
                 f"epoch_steps must hold at least one optimizer step per epoch: {self.epoch_steps}"
             )
 
-    def steps(self, duration: Duration | int | str) -> int:
+    def steps(self, duration: Moment | int | str) -> int:
         """Returns the duration, counted from the start of training, in optimizer steps.
 
         Epochs are the steps of these epochs, a fraction being interpolated inside its epoch;
@@ -132,13 +195,15 @@ class Horizon:
         """
         return self.end(duration, 0)
 
-    def end(self, duration: Duration | int | str, origin: int) -> int:
+    def end(self, duration: Moment | int | str, origin: int) -> int:
         """Returns the step at which a duration ends that starts at step `origin`.
 
         It differs from `origin + steps(duration)` for epochs of unequal length. Percent is always
-        of the whole training.
+        of the whole training. The border of a phase is where it is, whatever the origin.
         """
-        duration = Duration.parse(duration)
+        duration = parse_moment(duration)
+        if isinstance(duration, Border):
+            return self._border(duration)
         # Through the decimal form: 0.1 epoch of 5 steps is exactly half a step, not a hair more.
         amount = Fraction(repr(duration.amount))
         if duration.unit == "steps":
@@ -163,6 +228,16 @@ class Horizon:
         if self.total is None:
             return None
         return min(step / self.total, 1.0) if self.total else 1.0
+
+    def _border(self, border: Border) -> int:
+        if border.phase not in self.phases:
+            known = ", ".join(self.phases)
+            raise ValueError(
+                f"{border}: no phase of training is called {border.phase!r}."
+                + near(border.phase, list(self.phases))
+                + (f" There are {known}." if known else " Name them: Phases('warmup: 10%, ...').")
+            )
+        return self.phases[border.phase][EDGES.index(border.edge)]
 
     def _epoch_ends(self, asked: str) -> list[int]:
         if self.epoch_steps is None:

@@ -6,10 +6,10 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import TypeAlias
 
-from .horizon import Duration, Horizon
+from .horizon import Border, Duration, Horizon, Moment, parse_moment
 from .parse import ScheduleError
 
-Time: TypeAlias = int | str | Duration
+Time: TypeAlias = int | str | Moment
 
 
 class Interval:
@@ -21,7 +21,7 @@ class Interval:
 
     Args:
         every: optimizer steps, `"500 steps"`, `"1ep"` or `"5%"`.
-        start: likewise.
+        start: likewise, or the border of a phase (`"main.start"`).
 
     Raises:
         ScheduleError: (a ValueError) for what is not a time, or an `every` of zero.
@@ -33,8 +33,10 @@ class Interval:
     """
 
     def __init__(self, every: Time, start: Time = 0) -> None:
+        if isinstance(every, Border):
+            raise ScheduleError(f"every={every} is a moment, and a length of time is needed")
         self.every = Duration.parse(every)
-        self.start = Duration.parse(start)
+        self.start = parse_moment(start)
         if self.every.amount == 0:
             raise ScheduleError("every is the time from one to the next, so it is more than zero")
 

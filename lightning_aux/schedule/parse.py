@@ -22,6 +22,7 @@ UNITS: dict[str, Unit] = {
     "epoch": "epochs",
     "%": "percent",
 }
+EDGES = ("start", "end")
 TIME_EXAMPLE = "500 steps, 10ep or 30%"
 EXAMPLES = {
     "constant": "constant(0.5)",
@@ -31,12 +32,15 @@ EXAMPLES = {
     "step": "step(1, 0.5, 0.1, at=[30%, 60%])",
     "early": "early(0.1, until=50%, shape=linear)",
     "late": "late(0.1, start=50%)",
+    "during": "during(0.5, phase=main)",
+    "sum": "sum(early(0.1, until=20%), late(0.1, start=80%))",
     "chain": "chain(linear(0, 1, until=10ep), cosine(1, 0, until=50%))",
 }
 SCHEDULE_EXAMPLE = f"0.5 or {EXAMPLES['linear']}"
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
-_WORD = re.compile(r"[A-Za-z_]\w*")
+_WORD = re.compile(r"[^\W\d]\w*")
+_BORDER = re.compile(rf"({_WORD.pattern})\s*\.\s*({_WORD.pattern})")
 
 
 class ScheduleError(ValueError):
@@ -69,7 +73,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Word:
-    """A bare or quoted word such as the `linear` of `shape=linear`."""
+    """A bare or quoted word such as the `linear` of `shape=linear`, or `main.start`."""
 
     text: str
     start: int
@@ -129,10 +133,14 @@ def parse(text: str) -> Node:
     return node
 
 
-def parse_time(text: str) -> Quantity:
-    """Parses a time such as `10ep`; arguments and errors as in `parse`."""
+def parse_time(text: str) -> Quantity | Word:
+    """Parses a time such as `10ep` or `main.start`; arguments and errors as in `parse`."""
     parser = _Parser(text, TIME_EXAMPLE)
     parser.peek()
+    if border := _BORDER.match(parser.text, parser.at):
+        word = parser.border(border)
+        parser.finish()
+        return word
     number = _NUMBER.match(parser.text, parser.at)
     if number is None:
         raise parser.error(parser.at, f"expected a time, found {parser.found()}")
@@ -165,6 +173,8 @@ class _Parser:
         start = self.at
         if number := _NUMBER.match(self.text, start):
             return self.quantity(number)
+        if len(self.examples) > 1 and (border := _BORDER.match(self.text, start)):
+            return self.border(border)
         if word := _WORD.match(self.text, start):
             self.at = word.end()
             if self.peek() == "(" or len(self.examples) == 1:
@@ -172,6 +182,16 @@ class _Parser:
             return Word(word[0], start)
         kinds = ", ".join(EXAMPLES)
         raise self.error(start, f"expected a number or one of {kinds}, found {self.found()}")
+
+    def border(self, words: re.Match[str]) -> Word:
+        self.at = words.end()
+        if words[2] not in EDGES:
+            raise self.error(
+                words.start(2),
+                f"a phase has a start and an end, not {words[2]!r}.{near(words[2], list(EDGES))}",
+                f"{words[1]}.start or {words[1]}.end",
+            )
+        return Word(f"{words[1]}.{words[2]}", words.start())
 
     def quantity(self, number: re.Match[str]) -> Quantity:
         self.at = number.end()

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, TypeAlias, cast, get_args
 from lightning_aux.functional.dropout import Shape, early, late
 
 from .build import Role, build
-from .horizon import Duration, Horizon
+from .horizon import Border, Duration, Horizon, Moment, parse_moment
 from .parse import SCHEDULE_EXAMPLE, ScheduleError, near, pointed
 
-Time: TypeAlias = Duration | str | int
+Time: TypeAlias = Moment | str | int
 Bound: TypeAlias = Callable[[int], float]
 
 _SHAPES: tuple[str, ...] = get_args(Shape)
@@ -110,13 +110,13 @@ class Schedule(ABC):
         return self._end(horizon, 0) if self._has_end else None
 
     @property
-    def durations(self) -> tuple[Duration, ...]:
+    def durations(self) -> tuple[Moment, ...]:
         """All times in the schedule, in the order of its arguments."""
-        found: list[Duration] = []
+        found: list[Moment] = []
         for name in self.arguments:
             value = getattr(self, name)
             for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, Duration):
+                if isinstance(item, Duration | Border):
                     found.append(item)
                 elif isinstance(item, Schedule):
                     found.extend(item.durations)
@@ -131,7 +131,7 @@ class Schedule(ABC):
         written: list[str] = []
         for field in dataclasses.fields(self):
             value, role = getattr(self, field.name), self.arguments[field.name]
-            if role in ("value", "values", "parts"):
+            if role in ("value", "values", "phase", "parts"):
                 written += map(_write, value if isinstance(value, tuple) else (value,))
             elif value is not None and value != _DEFAULTS.get(field.name):
                 written.append(f"{field.name}={_write(value)}")
@@ -282,8 +282,8 @@ class Steps(Schedule):
     def _has_end(self) -> bool:
         return False
 
-    def _resolved(self) -> tuple[tuple[float, ...], tuple[Duration, ...]]:
-        return cast(tuple[float, ...], self.levels), cast(tuple[Duration, ...], self.at)
+    def _resolved(self) -> tuple[tuple[float, ...], tuple[Moment, ...]]:
+        return cast(tuple[float, ...], self.levels), cast(tuple[Moment, ...], self.at)
 
     def _bind(self, horizon: Horizon, origin: int) -> Bound:
         levels, at = self._resolved()
@@ -349,6 +349,63 @@ class Late(Schedule):
 
 
 @dataclass(frozen=True)
+class During(Schedule):
+    """A value during one named phase of training, 0 before and after it.
+
+    Args:
+        value: the value during the phase.
+        phase: its name, as given to `Phases`.
+    """
+
+    kind = "during"
+    arguments: ClassVar[dict[str, Role]] = {"value": "value", "phase": "phase"}
+
+    value: float
+    phase: str
+
+    def _end(self, horizon: Horizon, origin: int) -> int:
+        return horizon.end(Border(self.phase, "end"), origin)
+
+    def _bind(self, horizon: Horizon, origin: int) -> Bound:
+        first = horizon.end(Border(self.phase, "start"), origin)
+        last = self._end(horizon, origin)
+        return lambda step: self.value if first <= step < last else 0.0
+
+
+@dataclass(frozen=True)
+class Sum(Schedule):
+    """The sum of schedules that all count from the same moment.
+
+    Args:
+        parts: schedules, or numbers and strings that stand for one.
+    """
+
+    kind = "sum"
+    arguments: ClassVar[dict[str, Role]] = {"parts": "parts"}
+
+    parts: SequenceOf[Schedule | str | float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise ScheduleError("a sum needs at least one part", "parts")
+
+    @property
+    def _has_end(self) -> bool:
+        return all(part._has_end for part in self._schedules())
+
+    def _schedules(self) -> tuple[Schedule, ...]:
+        return cast(tuple[Schedule, ...], self.parts)
+
+    def _end(self, horizon: Horizon, origin: int) -> int:
+        return max(part._end(horizon, origin) for part in self._schedules())
+
+    def _bind(self, horizon: Horizon, origin: int) -> Bound:
+        functions = [part._bind(horizon, origin) for part in self._schedules()]
+        return lambda step: math.fsum(function(step) for function in functions)
+
+
+@dataclass(frozen=True)
 class Chain(Schedule):
     """Schedules one after the other, each beginning where the one before it ends.
 
@@ -395,12 +452,16 @@ class Chain(Schedule):
         for part in self._schedules():
             starts.append(origin)
             functions.append(part._bind(horizon, origin))
-            origin = part._end(horizon, origin) if part._has_end else origin
+            end = part._end(horizon, origin) if part._has_end else origin
+            if end < origin:  # only the border of a phase can lie before
+                raise ValueError(f"{self}: {part} ends at step {end}, before it begins ({origin})")
+            origin = end
         return lambda step: functions[max(bisect_right(starts, step) - 1, 0)](step)
 
 
 _KINDS: dict[str, type[Schedule]] = {
-    cls.kind: cls for cls in (Constant, Linear, Cosine, Exponential, Steps, Early, Late, Chain)
+    cls.kind: cls
+    for cls in (Constant, Linear, Cosine, Exponential, Steps, Early, Late, During, Sum, Chain)
 }
 _DEFAULTS = {"after": Duration(0, "steps"), "shape": "constant"}
 
@@ -416,8 +477,12 @@ def _normal(name: str, role: Role, value: Any) -> Any:
     if role in ("time", "end"):  # an end may be left open
         return None if value is None and role == "end" else _time(name, value)
     if role == "times":
-        alone = isinstance(value, (Duration, str)) or not isinstance(value, SequenceOf)
+        alone = isinstance(value, (Duration, Border, str)) or not isinstance(value, SequenceOf)
         return tuple(_time(name, item) for item in ((value,) if alone else value))
+    if role == "phase":
+        if not isinstance(value, str) or not value.isidentifier():
+            raise ScheduleError(f"{name} is the name of a phase of training, not {value!r}", name)
+        return value
     if value not in _SHAPES:
         hint = near(str(value), list(_SHAPES))
         raise ScheduleError(f"shape is one of {', '.join(_SHAPES)}, not {value!r}.{hint}", name)
@@ -430,9 +495,9 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _time(name: str, value: Any) -> Duration:
+def _time(name: str, value: Any) -> Moment:
     try:
-        return Duration.parse(value)
+        return parse_moment(value)
     except ScheduleError as error:
         raise ScheduleError(f"{name}: {error}", name) from None
 

@@ -236,6 +236,7 @@ def by_hand(term: Reference, **kind: Any) -> dict[str, Tensor]:
     """The same training as a loop; what is not a model's weight moves on real steps only."""
     module = new(**kind)
     optimizer = module.configure_optimizers()
+    module.optimizers = lambda: optimizer
     if isinstance(term, SortedByHand):
         optimizer.param_groups[0]["params"].extend(term.head.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
