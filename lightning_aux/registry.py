@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.nn import functional
+
+from lightning_aux.attribute_schedules.attribute import AttributeSchedule
 from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutScheduleMixin
+from lightning_aux.attribute_schedules.stochastic_depth import StochasticDepthSchedule
 from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
+from lightning_aux.diagnostics.gradient_direction import GradientDirection
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
+from lightning_aux.objectives.multi_sample_dropout import MultiSampleDropout
 from lightning_aux.objectives.parameter_anchor import ParameterAnchor
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
+from lightning_aux.phases import Phases
 from lightning_aux.taps import Taps
 from lightning_aux.teachers import (
     EMATeacher,
@@ -28,6 +35,7 @@ from lightning_aux.teachers import (
 )
 
 __all__ = [
+    "AttributeSchedule",
     "DropoutSchedule",
     "DropoutScheduleMixin",
     "EMAAnchor",
@@ -36,14 +44,18 @@ __all__ = [
     "EMAWeights",
     "EarlyLearningRegularization",
     "FrozenTeacher",
+    "GradientDirection",
     "ModelSoup",
+    "MultiSampleDropout",
     "Objective",
     "ParameterAnchor",
+    "Phases",
     "RandomTeacher",
     "SWATeacher",
     "SelfDistillation",
     "SelfDistillationMixin",
     "SnapshotTeacher",
+    "StochasticDepthSchedule",
     "Taps",
     "VotedTeacher",
     "WiSEFT",
@@ -107,6 +119,14 @@ ENTRIES: dict[str, Entry] = {
         lambda weight: [DropoutSchedule(p=0.3, mode="early", until="50%", shape="linear")],
         inert=False,
     ),
+    "stochastic_depth_schedule": Entry(
+        lambda weight: [StochasticDepthSchedule(1.0, "encoder.1", mode="early", until="50%")],
+        inert=False,
+    ),
+    "attribute_schedule": Entry(
+        lambda weight: [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05)"})], inert=False
+    ),
+    "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(
         lambda weight: [EMAAnchor(weight=weight, entropy=0.1, temperature=2.0, decay=0.9)],
         "ema_anchor",
@@ -135,6 +155,14 @@ ENTRIES: dict[str, Entry] = {
     "parameter_anchor_l2": Entry(
         lambda weight: [ParameterAnchor(weight=weight, new="head.*", new_weight=0.5)],
         "parameter_anchor",
+    ),
+    "multi_sample_dropout": Entry(
+        lambda weight: [
+            DropoutSchedule(p=0.5, mode="standard"),
+            MultiSampleDropout("encoder", 3, functional.cross_entropy, weight=weight),
+        ],
+        "multi_sample_dropout",
+        inert=False,
     ),
     "early_learning_regularization": Entry(
         lambda weight: [EarlyLearningRegularization(weight=weight)],

@@ -21,12 +21,15 @@ from .dropout import dropout_rate
 from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
+from .gradient_directions import direction_error, direction_variance
 from .votes import majority_vote, mean_vote
 
 __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
     "data_emphasized_divergence",
+    "direction_error",
+    "direction_variance",
     "dropout_rate",
     "early_learning_regularization",
     "early_learning_target",

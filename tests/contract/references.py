@@ -7,9 +7,11 @@ entry of the registry needs its reference here; without one the suite fails and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -277,8 +279,62 @@ class EarlyDropout(Reference):
         dropout.p = rates[steps] if steps < half else 0.0
 
 
+class LeftOut(Reference):
+    """A block that is computed, and passes its input on in the first half of training."""
+
+    def begin(self, module: Classifier) -> None:
+        self.multiplied = 0.0
+        module.encoder[1].register_forward_hook(
+            lambda block, inputs, output: (
+                inputs[0] + self.multiplied * (output - inputs[0])
+                if self.multiplied != 1.0
+                else output
+            )
+        )
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        self.multiplied = 0.0 if steps < math.floor(total / 2 + 0.5) else 1.0
+
+
+class FallingRate(Reference):
+    """The learning rate on a straight line."""
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        for group in module.optimizers().param_groups:
+            group["lr"] = 0.2 + (0.05 - 0.2) * steps / total
+
+
+class ManyMasks(Reference):
+    """Three masks; those after the first are drawn where the docstrings say they are."""
+
+    def begin(self, module: Classifier) -> None:
+        self.batches = 0
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        module.encoder[-1].p = 0.5
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        x, y = batch[:2]
+        first = F.cross_entropy(logits, y)
+        losses = [first]
+        for number in (1, 2):
+            buffers = [each.clone() for each in module.buffers()]
+            with torch.random.fork_rng(devices=[]):
+                place = ("multi_sample_dropout", self.batches, number, 0)
+                seed = torch.initial_seed() + crc32(repr(place).encode())
+                torch.manual_seed(seed % 2**63)
+                losses.append(F.cross_entropy(module.head(module.encoder(x)), y))
+            for each, value in zip(module.buffers(), buffers, strict=True):
+                each.data.copy_(value)
+        self.batches += 1
+        return sum(losses) / 3 - first
+
+
 REFERENCES: dict[str, Callable[[], Reference]] = {
     "dropout_schedule": EarlyDropout,
+    "multi_sample_dropout": ManyMasks,
+    "stochastic_depth_schedule": LeftOut,
+    "attribute_schedule": FallingRate,
     "ema_anchor_output": lambda: OutputAnchor(decay=0.9),
     "ema_anchor_weight": lambda: WeightAnchor(decay=0.9),
     "self_distillation_kl": lambda: Distilled(decay=0.9),

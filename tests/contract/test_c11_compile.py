@@ -26,6 +26,7 @@ from tests.contract.models import FEATURES, Classifier
 from tests.contract.probe import Probe
 from tests.contract.training import (
     TERMS,
+    UNDRAWN_TERMS,
     callbacks,
     fit,
     largest_difference,
@@ -41,6 +42,10 @@ STEPS = 10  # two epochs of five batches
 MODEL: dict[str, Any] = {"dropout": 0.2, "norm": True}
 # Everything in the registry, and a head beside it.
 EVERY = [*ENTRIES, "head"]
+
+# With a rate that changes in every step a compiled graph draws its masks from a tensor of the rate:
+# as many are dropped (tests/attribute_schedules), but not the same.
+DRAWN_OTHERWISE = "dropout_schedule"
 
 every_one = pytest.mark.parametrize("entry", EVERY)
 
@@ -246,12 +251,10 @@ def test_compiled_training_ends_where_eager_training_does(
         [*added(entry), graphs],
         lambda module: MOMENTS[moment](module, way, backend=backend),
     )
-    assert furthest(compiled, eager(entry)) < TOLERANCE
+    if entry != DRAWN_OTHERWISE:
+        assert furthest(compiled, eager(entry)) < TOLERANCE
     assert backend.runs >= STEPS
-    if entry != "dropout_schedule":  # for which torch makes a graph for each of its rates
-        assert (
-            graphs.after[-1] == graphs.after[ENTRIES[entry].begins + 2 if entry in ENTRIES else 2]
-        )
+    assert graphs.after[-1] == graphs.after[ENTRIES[entry].begins + 2 if entry in ENTRIES else 2]
 
 
 @pytest.mark.parametrize("way", ["whole", "encoder_by_method"])
@@ -262,7 +265,8 @@ def test_f61_a_full_graph_stays_one_and_has_the_term_in_it(entry: str, way: str)
     compiled = results(
         Net, added(entry), lambda module: WAYS[way](module, backend=backend, fullgraph=True)
     )
-    assert furthest(compiled, eager(entry)) < TOLERANCE
+    if entry != DRAWN_OTHERWISE:
+        assert furthest(compiled, eager(entry)) < TOLERANCE
     assert backend.runs >= STEPS
 
 
@@ -326,7 +330,7 @@ def test_f58_the_average_of_a_compiled_model_moves_under_the_names_of_the_eager_
     assert max(float((now[name] - start[name]).abs().max()) for name in now) > 1e-3
 
 
-@pytest.mark.parametrize("entry", ["ema_teacher", *TERMS, "head"])
+@pytest.mark.parametrize("entry", ["ema_teacher", *UNDRAWN_TERMS, "head"])
 @pytest.mark.parametrize("first_eager", [False, True], ids=["compiled first", "eager first"])
 def test_f58_a_checkpoint_of_the_compiled_model_resumes_eagerly_and_the_other_way_round(
     tmp_path: Any, first_eager: bool, entry: str
