@@ -15,6 +15,7 @@ COMMANDS = {
     "test": "evaluate a checkpoint on the test data",
     "predict": "run predict_step over the data",
     "export": "write averaged weights as a plain checkpoint",
+    "schedule": "show schedules as a chart and a picture, before they run",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
 
@@ -55,11 +56,15 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.export import export
 
             return export(arguments[1:])
+        if command == "schedule":
+            from lightning_aux.cli.schedule import schedule
+
+            return schedule(arguments[1:])
         from lightning_aux.cli.trainer_cli import AuxCLI
 
         AuxCLI(args=arguments)
     except ModuleNotFoundError as error:
-        hint = _missing_package_hint(error.name or "")
+        hint = _missing_package_hint(command, error.name or "")
         if hint is None:
             raise
         _exit_with_error(hint)
@@ -104,13 +109,13 @@ def _refusal(error: BaseException | None) -> AuxiliaryError | None:
     return error
 
 
-def _missing_package_hint(package: str) -> str | None:
+def _missing_package_hint(command: str, package: str) -> str | None:
     """What to install, when it is one of the command's own requirements that is missing."""
     root = package.partition(".")[0]
     if root in ("jsonargparse", "docstring_parser", "rich", "yaml"):
         return f"needs the package '{root}': pip install 'jsonargparse[signatures]' rich"
     if root in ("matplotlib", "scipy"):
-        return f"compare needs the package '{root}': pip install 'lightning-aux[recipes]'"
+        return f"{command} needs the package '{root}': pip install 'lightning-aux[recipes]'"
     return None
 
 
