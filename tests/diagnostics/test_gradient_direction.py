@@ -179,7 +179,7 @@ def test_measurements_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_pat
     assert values[0] == values[1]
 
 
-def test_the_latest_measurement_is_logged() -> None:
+def test_the_latest_measurement_is_logged(tmp_path: Any) -> None:
     rows: list[dict[str, Any]] = []
 
     class Rows(L.pytorch.loggers.CSVLogger):
@@ -188,7 +188,7 @@ def test_the_latest_measurement_is_logged() -> None:
 
     callback = aux.GradientDirection(batches=3)
     module = seeded(Classifier)
-    fit(module, [callback], logger=Rows("unused"), log_every_n_steps=5)
+    fit(module, [callback], logger=Rows(tmp_path), log_every_n_steps=5)
     logged = [row for row in rows if "aux/gradient_direction/variance" in row]
     assert [row["aux/gradient_direction/variance"] for row in logged] == pytest.approx(
         [found["variance"] for _, found in callback.measured]

@@ -333,3 +333,62 @@ def test_how_the_model_runs_is_said_once_for_all_objectives():
     taps = aux.Taps(logits="classifier", forward=run_in_parts)
     with pytest.raises(aux.AuxiliaryError, match="Trainer's callbacks instead"):
         aux.SelfDistillation(taps=taps)
+
+
+# ------------------------------------------------------------- buffers that evaluation writes to
+class Numbering(Classifier):
+    """Counts the calls of its forward, in every mode, and computes with the count."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()), persistent=persistent)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.cache = torch.cat([self.cache, self.calls[None]])[-3:]
+        return super().forward(x) * (1 + 0.1 * self.calls)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("start", [0, 100], ids=["moving", "not yet there"])
+def test_a_teachers_pass_leaves_the_buffers_that_its_forward_writes_to(
+    persistent, start, plain_trainer
+):
+    models = []
+    for added in ([], [aux.EMATeacher(0.5, start=start), Blind(lambda s: s.teacher("ema").logits)]):
+        torch.manual_seed(0)
+        model = Numbering(persistent)
+        plain_trainer(callbacks=added).fit(model, rows())
+        models.append(model)
+    without, with_teacher = models
+    assert equal(weights(without), weights(with_teacher))
+    assert float(with_teacher.calls) == 6
+    assert torch.equal(without.cache, with_teacher.cache)
+
+
+def test_an_input_that_a_submodule_overwrites_later_is_a_named_error(plain_trainer):
+    """In the first step it leaves its input alone, so no copy was made of it."""
+
+    class Inner(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            return super().forward(x.mul_(3.0) if self.calls > 1 and self.training else x)
+
+    class Outer(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Inner(WIDTH, CLASSES)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    look = Blind(lambda step: step.teacher("frozen").logits)
+    with pytest.raises(aux.AuxiliaryError, match=r"Outer\.net\(\.\.\.\) writes into its own input"):
+        plain_trainer(callbacks=[aux.FrozenTeacher(), look]).fit(Outer(), rows())
+    assert len(look.seen) == 1

@@ -438,3 +438,60 @@ def test_a_head_of_another_shape_is_a_named_error(plain_trainer, tmp_path):
         plain_trainer(max_epochs=5, callbacks=[other]).fit(
             Attached("single"), rows(), ckpt_path=tmp_path / "epoch=3.ckpt"
         )
+
+
+# --------------------------------------------------------- optimizers, and states the user saves
+class Writing(Classifier):
+    """Saves the state of its optimizer by itself, too."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["own"] = self.optimizers().state_dict()
+
+
+def test_what_the_user_saves_of_an_optimizer_has_no_head_in_it(plain_trainer, tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{epoch}")
+    term = reconstruction()
+    trainer = plain_trainer(callbacks=[term, saving], enable_checkpointing=True)
+    trainer.fit(Writing(), rows())
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    alone = Writing().configure_optimizers()
+    alone.load_state_dict(saved["own"])  # raises where the number of parameters differs
+    own, theirs = saved["own"]["state"], saved["optimizer_states"][0]["state"]
+    assert own.keys() == theirs.keys() == {0, 1, 2, 3}
+    assert all(torch.equal(own[key]["exp_avg"], theirs[key]["exp_avg"]) for key in own)
+
+
+def test_a_head_trains_on_after_a_state_that_could_not_be_loaded(plain_trainer):
+    class Careless(Writing):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                with pytest.raises(ValueError, match="parameter group"):
+                    self.optimizers().load_state_dict({"state": {}, "param_groups": []})
+
+    results = []
+    for kind in (Writing, Careless):
+        term = reconstruction()
+        torch.manual_seed(0)
+        plain_trainer(callbacks=[term]).fit(kind(), rows())
+        results.append(weights(term.head))
+    assert equal(*results)
+    assert not equal(results[0], weights(new_head()))
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "ZeroRedundancyOptimizer"])
+def test_an_optimizer_that_would_not_train_a_head_is_refused_before_training(kind, plain_trainer):
+    class Refused(Classifier):
+        def configure_optimizers(self) -> Any:
+            if kind == "LBFGS":
+                return torch.optim.LBFGS(self.parameters())
+            # The real one wants a process group; it is known by its name.
+            return type(kind, (torch.optim.SGD,), {})(self.parameters(), lr=0.1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise AssertionError("trained")
+
+    with pytest.raises(aux.AuxiliaryError, match=f"reconstruction: {kind} .* cannot join it"):
+        plain_trainer(callbacks=[reconstruction()]).fit(Refused(), rows())

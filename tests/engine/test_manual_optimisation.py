@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lightning_aux as aux
 from tests.engine.small_models import (
@@ -341,3 +342,77 @@ def test_a_numbered_backward_in_automatic_optimisation_is_refused(plain_trainer)
 def test_the_output_of_the_step_does_not_exist_yet(plain_trainer):
     with pytest.raises(aux.AuxiliaryError, match=r"step\.output does not exist yet"):
         plain_trainer(callbacks=[Blind(lambda step: step.output)]).fit(TwoBackwards(), rows())
+
+
+class Checkpointed(Classifier):
+    """Two backwards; the second forward may be checkpointed, and is then run in backward again."""
+
+    def __init__(self, checkpointed: bool, by_hand: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.checkpointed, self.by_hand = checkpointed, by_hand
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.encoder[0](x)
+        if self.checkpointed:
+            h = checkpoint(self.encoder[1], h, use_reentrant=False)
+        else:
+            h = self.encoder[1](h)
+        return self.classifier(h)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(x[::2]), y[::2]))
+        loss = F.cross_entropy(self(x[1::2]), y[1::2])
+        if self.by_hand:
+            loss = loss + self.encoder[:2](x[1::2]).square().mean()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class Feature(aux.Objective):
+    def loss(self, step: aux.Step) -> Tensor:
+        return step.features("encoder.1").square().mean()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_forward_that_backward_runs_again_is_no_call_of_the_step(checkpointed, plain_trainer):
+    results = []
+    for model, added in (
+        (Checkpointed(checkpointed, by_hand=True), []),
+        (Checkpointed(checkpointed), [Feature(reads="encoder.1", backward=1)]),
+    ):
+        torch.manual_seed(0)
+        for each in (model.encoder[0], model.classifier):
+            each.reset_parameters()
+        plain_trainer(callbacks=added).fit(model, rows())
+        results.append(weights(model))
+    assert largest_difference(*results) < 1e-6
+
+
+class Wrapping(torch.optim.SGD):
+    """Has an optimizer of its own, as wrappers that look ahead have."""
+
+    def __init__(self, params: Any, **arguments: Any) -> None:
+        super().__init__(params, **arguments)
+        self.optimizer = torch.optim.SGD(self.param_groups[0]["params"], **arguments)
+
+
+def test_an_optimizer_that_holds_another_one_is_itself_the_users(plain_trainer):
+    """Virtual steps are taken with it, and what waits for a step waits for its."""
+    held = []
+    for kind in (torch.optim.SGD, Wrapping):
+
+        class Model(Classifier):
+            make = kind
+
+            def configure_optimizers(self) -> Any:
+                return self.make(self.parameters(), lr=0.1)
+
+        torch.manual_seed(0)
+        teacher = aux.EMATeacher(0.5, lookahead=2)
+        plain_trainer(callbacks=[teacher, aux.SelfDistillation()]).fit(Model(), rows())
+        held.append(teacher.state()["weights"])
+    assert equal(*held)

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_aux as aux
 from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.finite import LAG
+from lightning_aux.registry import ENTRIES
 from lightning_aux.weights import WeightStore
 from tests.gpu.training import (
     OVERFLOWS,
@@ -259,20 +261,8 @@ def _steady_steps(device: str, added: list[Any], fused: bool = False, **how: Any
 
 
 KINDS: dict[str, Callable[[], list[Any]]] = {
-    "EMATeacher": lambda: [aux.EMATeacher()],
-    "SelfDistillation": lambda: [aux.EMATeacher(), aux.SelfDistillation()],
-    "SelfDistillation, only_correct": lambda: [
-        aux.FrozenTeacher(),
-        aux.SelfDistillation("frozen", divergence="js", only_correct=True),
-    ],
-    "SelfDistillation of features": lambda: [
-        aux.EMATeacher(),
-        aux.SelfDistillation(on="encoder", divergence="mse"),
-    ],
-    "EMAAnchor": lambda: [aux.EMAAnchor(entropy=0.1)],
-    "EMAAnchor of weights": lambda: [aux.EMAAnchor("weight")],
-    "EarlyLearningRegularization": lambda: [aux.EarlyLearningRegularization()],
-    "DropoutSchedule": lambda: [aux.DropoutSchedule(0.5, until="100%", shape="linear")],
+    # All that is registered; the one that starts anew copies weights, which is not of every step.
+    **{name: partial(each.make, 0.5) for name, each in ENTRIES.items() if name != "generations"},
     "head": lambda: [Sorted()],
     "everything": everything,
 }

@@ -102,6 +102,7 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
     for name, weight in SILENT.items():
         found[f"silent head {name}"] = partial(silent_head, place, weight)
     if not place.sharded:
+        found["failing beside nan"] = partial(failing_beside_nan, place)
         found["adversaries"] = partial(adversaries, place)
         for entry in TERMS:
             found[f"empty {entry}"] = partial(empty_batch, place, entry)
@@ -275,6 +276,19 @@ def nan_on_one_rank(place: Place, nonfinite: Literal["raise", "skip"]) -> dict[s
     sick, rows = Sick(place.rank, nonfinite), Rows()
     found, keeps = failing(place, [sick], logger=rows, log_every_n_steps=1)
     return {**found, "weights": whole_weights(keeps.module), "rows": rows.rows}
+
+
+class Failing(Sick):
+    """Fails on the first process in the step in which it is NaN on the second."""
+
+    def loss(self, step: Step) -> Tensor:
+        if self.rank == 0 and step.progress.steps == SICK_AT:
+            raise RuntimeError("a mistake of the first process")
+        return super().loss(step)
+
+
+def failing_beside_nan(place: Place) -> dict[str, Any]:
+    return failing(place, [Failing(place.rank, "skip")])[0]
 
 
 def sickness_left_out(place: Place) -> dict[str, Tensor]:
