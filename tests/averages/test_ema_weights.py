@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import warnings
+from itertools import permutations, product
 from typing import Any
 
 import lightning as L
@@ -201,6 +202,45 @@ def test_what_the_user_counts_in_a_buffer_during_validation_stays(plain_trainer)
     assert module.evaluated == 4
 
 
+class Writes(Watched):
+    """Counts in training and evaluation, and keeps the best loss and a sum of validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("best", torch.tensor(float("inf")))
+        self.register_buffer("total", torch.zeros(()))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(float(loss))
+        self.batches += 1
+        self.best = torch.minimum(self.best, loss)
+        self.total += loss
+
+
+@pytest.mark.parametrize(
+    ("average", "saves"), [*product([{}, {"every": 5}, {"buffers": "average"}], [False, True])]
+)
+def test_what_the_users_code_writes_into_buffers_during_validation_stays(
+    plain_trainer, tmp_path, average, saves
+):
+    """Also when a checkpoint is written within the validation."""
+    module = Writes()
+    saving = [Saving("on_validation_batch_end", tmp_path / "saved.ckpt")] if saves else []
+    trainer = plain_trainer(max_epochs=3, callbacks=[aux.EMAWeights(0.9, **average), *saving])
+    trainer.fit(module, rows(), rows(8))
+    sanity = len(module.losses) - 6
+    assert module.batches == 18 + 6 + sanity
+    assert float(module.best) == min(module.losses)
+    assert float(module.total) == pytest.approx(sum(module.losses))
+
+
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 def test_batch_norm_statistics_are_those_of_the_setting(plain_trainer, buffers):
     module, _ = fit(
@@ -208,6 +248,52 @@ def test_batch_norm_statistics_are_those_of_the_setting(plain_trainer, buffers):
     )
     seen, live = module.seen[1][1]["norm.running_mean"], module.norm.running_mean
     assert torch.equal(seen, live) == (buffers == "copy")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_averaged_statistics_are_evaluated_from_a_file_in_every_precision(
+    plain_trainer, tmp_path, precision
+):
+    """The module is cast after the file has been read."""
+    module, trainer = fit(
+        plain_trainer, [aux.EMAWeights(0.9, buffers="average")], precision=precision
+    )
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    kept = saved["lightning_aux"]["members"]["ema_weights.teacher"]["weights"]["norm.running_mean"]
+    assert kept.dtype == torch.float32
+    fresh = Watched()
+    again = plain_trainer(callbacks=[aux.EMAWeights()], precision=precision)
+    again.test(fresh, rows(8), ckpt_path=tmp_path / "last.ckpt")
+    seen = fresh.seen[0][1]["norm.running_mean"]
+    assert torch.equal(seen, kept.to(seen.dtype))
+    assert not torch.equal(seen, module.norm.running_mean)
+
+
+def test_a_window_of_snapshots_is_evaluated_and_saved_with_the_mean_of_their_statistics(
+    plain_trainer, tmp_path
+):
+    teacher = aux.SnapshotTeacher(every="1ep", start="1ep", window=3)
+    means: list[Tensor] = []
+
+    class AtTheEnd(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            means.append(pl_module.norm.running_mean.clone())
+
+    module, trainer = fit(
+        plain_trainer,
+        [teacher, aux.EMAWeights(teacher="snapshot"), AtTheEnd()],
+        max_epochs=4,
+        num_sanity_val_steps=0,
+    )
+    seen = [each["norm.running_mean"] for where, each in module.seen if where.endswith("_start")]
+    for epoch, each in enumerate(seen):
+        expected = torch.stack(means[max(0, epoch - 2) : epoch + 1]).mean(0)
+        assert torch.allclose(each, expected, atol=1e-6)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    aux.EMAWeights.export(tmp_path / "last.ckpt", tmp_path / "mean.ckpt")
+    exported = torch.load(tmp_path / "mean.ckpt", weights_only=True)["state_dict"]
+    assert torch.allclose(exported["norm.running_mean"], seen[-1], atol=1e-6)
 
 
 def test_training_is_what_it_is_without_us(plain_trainer):
@@ -239,6 +325,98 @@ def test_after_fit_every_stage_uses_the_average(plain_trainer, tmp_path, stage):
     assert len(found) == 2
     assert all(shows(each, expected) for each in found)
     assert equal(parameters(fresh), raw)
+
+
+@pytest.mark.parametrize("loaded", ["after fit", "after a file"])
+def test_weights_that_the_user_loads_are_evaluated_as_they_are_with_one_warning(
+    plain_trainer, tmp_path, loaded
+):
+    module, trainer = fit(plain_trainer, [aux.EMAWeights(decay=0.9)])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    if loaded == "after a file":
+        module, trainer = Watched(), plain_trainer(callbacks=[aux.EMAWeights(decay=0.9)])
+        trainer.test(module, rows(8), ckpt_path=tmp_path / "last.ckpt")
+    own = Watched()
+    module.load_state_dict(own.state_dict())
+    module.seen.clear()
+    with pytest.warns(UserWarning, match="have been changed since the average was made"):
+        trainer.test(module, rows(8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*since the average was made")
+        trainer.test(module, rows(8))
+    assert len(module.seen) == 4
+    assert all(shows(each, parameters(own)) for _, each in module.seen)
+
+
+@pytest.mark.filterwarnings("error:.*since the average was made")
+def test_the_average_stays_that_of_the_module_through_evaluations(plain_trainer):
+    module, trainer = fit(plain_trainer, [aux.EMAWeights(decay=0.9)])
+    for _ in range(2):
+        module.seen.clear()
+        trainer.validate(module, rows(8))
+        trainer.test(module, rows(8))
+        assert all(shows(each, average(module.history)) for _, each in module.seen)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, rows(), rows(8))
+    module.seen.clear()
+    trainer.test(module, rows(8))
+    assert module.seen
+    assert not any(equal(each, weights(module)) for _, each in module.seen)
+
+
+class Learns(Watched):
+    """Looks at the training loss, gradient and all, in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.enable_grad():
+            self.training_step(batch, batch_idx).backward()
+        self.zero_grad()
+
+
+def test_a_teachers_pass_within_a_validation_leaves_training_alone(plain_trainer):
+    """The teacher is the one whose weights are validated, or another."""
+
+    def run(kind: type[Watched], *callbacks: Any) -> Watched:
+        L.seed_everything(0)
+        module = kind()
+        module.norm = nn.Identity()  # running statistics are written by the pass itself
+        plain_trainer(max_epochs=2, callbacks=list(callbacks), inference_mode=False).fit(
+            module, rows(), rows(8)
+        )
+        return module
+
+    def callbacks(*more: Any) -> list[Any]:
+        teachers = [aux.EMATeacher(0.5, "one"), aux.EMATeacher(0.9, "other")]
+        terms = [aux.SelfDistillation(each, name=f"of_{each}") for each in ("one", "other")]
+        return [*teachers, *terms, *more]
+
+    plain = run(Watched, *callbacks())
+    module = run(Learns, *callbacks(aux.EMAWeights(teacher="one")))
+    assert equal(parameters(module), parameters(plain))
+
+
+def test_a_second_one_is_refused_before_anything_runs(plain_trainer):
+    both = [aux.EMAWeights(0.9, name="short"), aux.EMAWeights(0.99, name="long")]
+    message = "short: 'long' among the Trainer's callbacks is an EMAWeights too"
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        fit(plain_trainer, both)
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        plain_trainer(callbacks=both).test(Watched(), rows(8))
+
+
+def test_files_that_will_not_have_the_average_are_warned_of(plain_trainer, tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.warns(UserWarning, match="save_weights_only=True.*will not have the average"):
+        fit(plain_trainer, [aux.EMAWeights(), saving], enable_checkpointing=True, max_epochs=1)
+
+
+def test_it_exports_a_file_by_itself(plain_trainer, tmp_path):
+    module, trainer = fit(plain_trainer, [aux.EMAWeights(decay=0.9)])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    aux.EMAWeights.export(tmp_path / "last.ckpt", tmp_path / "average.ckpt")
+    fresh = Watched()
+    fresh.load_state_dict(torch.load(tmp_path / "average.ckpt", weights_only=True)["state_dict"])
+    assert shows(weights(fresh), average(module.history))
 
 
 def test_a_checkpoint_without_an_average_is_evaluated_as_it_is_with_a_warning(

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from lightning_aux.cli import main
+from tests.contract.models import Classifier
 
 
-def run(tmp_path: Path, *callbacks: str) -> Path:
+class ByName(Classifier):
+    """Gives its batches names, after the transfer to the device."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return dict(zip("xy", batch, strict=True))
+
+    def forward(self, batch: Any) -> Any:
+        return super().forward(batch["x"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("seen", batch["x"].mean())
+        return torch.nn.functional.cross_entropy(self(batch), batch["y"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+class Frozen(ByName):
+    """With its BatchNorm in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder[1].eval()
+
+
+def run(tmp_path: Path, *callbacks: str, model: Any = None, **trainer: Any) -> Path:
+    norm = {"class_path": "tests.contract.models.Classifier", "init_args": {"norm": True}}
     config = {
         "seed_everything": 1,
-        "model": {"class_path": "tests.contract.models.Classifier", "init_args": {"norm": True}},
+        "model": norm if model is None else {"class_path": f"tests.cli.test_export.{model}"},
         "data": {"class_path": "tests.contract.models.SamplesModule"},
         "trainer": {
+            **trainer,
             "accelerator": "cpu",
             "max_epochs": 1,
             "logger": False,
@@ -63,6 +95,37 @@ def test_batch_norm_is_measured_again_over_the_training_data(tmp_path, capsys):
     assert torch.allclose(after["encoder.1.running_var"].double(), inputs.var(0), rtol=1e-4)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"encoder.1.running_mean", "encoder.1.running_var"}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_the_model_is_run_as_it_was_trained(tmp_path, capsys, precision):
+    path = run(tmp_path, "EMAWeights", model="ByName", precision=precision)
+    out = tmp_path / "average.pt"
+    config = ["--recompute-batch-norm", str(tmp_path / "config.yaml")]
+    assert main(["export", str(path), "--out", str(out), *config]) == 0
+    assert "measured the statistics of 1 BatchNorm layer\n" in capsys.readouterr().out
+    from tests.contract.models import SamplesModule
+
+    data = SamplesModule()
+    data.setup("fit")
+    x = torch.cat([batch[0] for batch in data.train_dataloader()]).double()
+    after = torch.load(out, weights_only=True)["state_dict"]
+    inputs = x @ after["encoder.0.weight"].double().T + after["encoder.0.bias"].double()
+    error = 1e-4 if precision == "32-true" else 0.03
+    assert torch.allclose(after["encoder.1.running_mean"].double(), inputs.mean(0), atol=error)
+    assert torch.allclose(after["encoder.1.running_var"].double(), inputs.var(0), rtol=error)
+
+
+def test_a_frozen_norm_is_left_and_named(tmp_path, capsys):
+    path = run(tmp_path, "EMAWeights", model="Frozen")
+    out = tmp_path / "average.pt"
+    config = ["--recompute-batch-norm", str(tmp_path / "config.yaml")]
+    assert main(["export", str(path), "--out", str(out), *config]) == 0
+    said = capsys.readouterr().out
+    assert "measured the statistics of 0 BatchNorm layers" in said
+    assert "left as they are, in evaluation mode from the start: encoder.1" in said
+    after = torch.load(out, weights_only=True)["state_dict"]
+    assert torch.equal(after["encoder.1.running_var"], torch.ones(len(after["encoder.1.bias"])))
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):

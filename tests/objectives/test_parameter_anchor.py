@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
@@ -233,6 +233,61 @@ def test_the_users_random_stream_is_left_alone_and_resuming_draws_the_same(plain
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("name", ["a_first", "z_last"])
+def test_a_generation_with_noise_begins_from_the_initial_weights(name, plain_trainer):
+    """Whichever of the restart and the noise has its name first; each step is that of torch."""
+
+    class Seen(Classifier):
+        def __init__(self) -> None:
+            super().__init__(lr=0.0)
+            self.after: list[dict[str, Tensor]] = []
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+
+            def move(*_: Any) -> None:  # a step whose size is known
+                with torch.no_grad():
+                    for each in self.parameters():
+                        each.add_(1.0)
+                self.after.append(weights(self))
+
+            optimizer.register_step_post_hook(move)
+            return optimizer
+
+    module = Seen()
+    first = weights(module)
+    trained(
+        plain_trainer,
+        aux.SnapshotTeacher("m", every=4, restart=True),
+        aux.ParameterAnchor(form="variational", sigma=0.1, name=name),
+        model=module,
+    )
+    for number, each in enumerate(module.after):
+        expected = {key: value + number % 4 + 1 for key, value in first.items()}
+        assert largest_difference(each, expected) < 1e-5
+
+
+def test_parameters_are_named_as_if_nothing_were_compiled(plain_trainer):
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.compile(self.encoder, backend="eager")
+
+    found = []
+    for model, glob in (
+        (Classifier, "encoder.0.*"),
+        (Compiled, "encoder.0.*"),
+        (Compiled, "encoder._orig_mod.0.*"),
+    ):
+        torch.manual_seed(1)
+        module = trained(
+            plain_trainer, aux.ParameterAnchor(weight=5.0, parameters=glob), model=model()
+        )
+        found.append([each.detach().clone() for each in module.parameters()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 # ---------------------------------------------------------------------------------------- messages
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -254,3 +309,24 @@ def test_what_can_be_known_before_training_is_said_then(plain_trainer):
         trained(plain_trainer, aux.ParameterAnchor(parameters="encodr.*"))
     with pytest.raises(aux.AuxiliaryError, match="accumulate_grad_batches=1"):
         trained(plain_trainer, aux.ParameterAnchor(form="variational"), accumulate_grad_batches=2)
+    for schedule in ({0: 4}, {1: 2}):  # Trainer.accumulate_grad_batches is 1 before training
+        with pytest.raises(aux.AuxiliaryError, match="accumulate_grad_batches=1, also in a Grad"):
+            trained(
+                plain_trainer,
+                GradientAccumulationScheduler(schedule),
+                aux.ParameterAnchor(form="variational"),
+                max_epochs=2,
+            )
+
+
+def test_two_noises_on_one_parameter_are_refused_and_on_different_ones_are_not(plain_trainer):
+    def anchors(*globs: str) -> list[Any]:
+        return [
+            aux.ParameterAnchor(form="variational", parameters=each, name=f"anchor_{place}")
+            for place, each in enumerate(globs)
+        ]
+
+    message = r"anchor_0: anchor_1 adds its noise to 'encoder\.0\.bias' too"
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        trained(plain_trainer, *anchors("*.bias", "encoder.0.bias"))
+    trained(plain_trainer, *anchors("encoder.*", "classifier.*"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lightning_aux as aux
-from tests.engine.small_models import Blind, Classifier, Shrink, equal, rows, weights
+from tests.engine.small_models import Blind, Classifier, Layers, Shrink, equal, rows, weights
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ class Normed(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.encoder = Layers(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
 
 
 WAYS = {

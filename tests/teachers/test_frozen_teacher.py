@@ -168,3 +168,23 @@ def test_the_file_is_read_once_in_each_fit(plain_trainer, tmp_path, monkeypatch)
         plain_trainer(max_steps=2, callbacks=[teacher]).fit(Classifier(), rows())
         assert len(reads) == fits
         assert equal(held(teacher), weights(source))
+
+
+def test_a_module_with_compiled_parts_reads_its_own_file_and_a_plain_one(plain_trainer, tmp_path):
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.compile(self.encoder, backend="eager")
+
+    torch.manual_seed(77)
+    plain, path = Classifier(), tmp_path / "teacher.ckpt"
+    own = Compiled()
+    own.load_state_dict(
+        {k.replace("encoder.", "encoder._orig_mod."): v for k, v in plain.state_dict().items()}
+    )
+    for source in (own, plain):
+        torch.save(source.state_dict(), path)
+        for model in (Compiled(), Classifier()):
+            teacher = aux.FrozenTeacher(checkpoint=path)
+            plain_trainer(max_steps=1, callbacks=[teacher]).fit(model, rows())
+            assert equal(held(teacher), weights(plain))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from copy import deepcopy
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -72,6 +75,27 @@ def test_the_student_is_restored_bit_for_bit(ahead, plain_trainer):
         for each in (trainer, other)
     ]
     assert progress[0] == progress[1]
+
+
+class Mixes(Student):
+    """Mixes samples, as most implementations do, with numbers that are not torch's."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        share = (float(np.random.beta(1, 1)) + random.random()) / 2
+        return super().training_step((share * x + (1 - share) * x.flip(0), y), batch_idx)
+
+
+def test_random_numbers_of_python_and_numpy_are_restored(plain_trainer):
+    found = []
+    for callbacks in ([], [aux.EMATeacher(0.9, lookahead=2)]):
+        L.seed_everything(5)
+        module = Mixes()
+        plain_trainer(max_epochs=2, callbacks=callbacks).fit(module, rows())
+        found.append((weights(module), random.random(), float(np.random.rand())))
+    (plain, *numbers), (ours, *others) = found
+    assert equal(ours, plain)
+    assert numbers == others
 
 
 def by_hand(ahead: int, decay: float = 0.9) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -165,3 +189,6 @@ def test_where_it_cannot_work_is_said_before_training(plain_trainer):
         plain_trainer(callbacks=[aux.EMATeacher(lookahead=1)]).fit(Manual(), rows())
     with pytest.raises(aux.AuxiliaryError, match=message):
         fit(plain_trainer, aux.EMATeacher(lookahead=1), accumulate_grad_batches=2)
+    for schedule in ({0: 4}, {1: 2}):  # Trainer.accumulate_grad_batches is 1 before training
+        with pytest.raises(aux.AuxiliaryError, match=message):
+            fit(plain_trainer, aux.EMATeacher(lookahead=1), GradientAccumulationScheduler(schedule))

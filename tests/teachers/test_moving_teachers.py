@@ -168,6 +168,38 @@ def test_peer_swa_equals_torchs_averaged_model(plain_trainer):
         assert torch.allclose(own, other, atol=1e-6)
 
 
+# ------------------------------------------------------------------------- in the middle of a run
+@pytest.mark.parametrize(
+    "arguments",
+    [{"decay": 0.9}, {"decay": 0.9, "every": 4}, {"decay": 0.99, "warmup": True}, {"length": 0.1}],
+)
+def test_an_average_that_is_new_in_a_resumed_run_begins_there(arguments, plain_trainer, tmp_path):
+    """As if training had begun with the weights of the file; a decay of all steps since 0 is not
+    due."""
+    first = Walk()
+    trainer = plain_trainer(max_epochs=2)
+    trainer.fit(first, rows())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    teacher, model = aux.EMATeacher(**arguments), Walk()
+    plain_trainer(max_epochs=4, callbacks=[teacher]).fit(
+        model, rows(), ckpt_path=tmp_path / "plain.ckpt"
+    )
+    history = [weights(first), *model.history[1:]]
+    every = arguments.get("every", 1)
+    expected = {n: v.double() for n, v in history[0].items()}
+    for step in range(every, 13, every):
+        decay = 1.0
+        for n in range(step - every, step):
+            if "length" in arguments:
+                decay *= (1 - 1 / (n + 1)) ** (power_exponent(0.1) + 1)
+            else:
+                rate = arguments["decay"]
+                decay *= min(rate, (1 + n) / (10 + n)) if "warmup" in arguments else rate
+        now = history[step]
+        expected = {n: decay * v + (1 - decay) * now[n].double() for n, v in expected.items()}
+    assert largest_difference(teacher.store.state_dict(), expected) < 1e-5
+
+
 # --------------------------------------------------------------------------------------- snapshots
 def test_the_previous_epoch_is_the_teacher(plain_trainer):
     teacher, seen = aux.SnapshotTeacher(), []
@@ -268,6 +300,30 @@ def test_a_generation_is_a_training_of_its_own(plain_trainer):
     plain_trainer(max_epochs=1).fit(alone, rows())
     assert equal(weights(model), weights(alone))
     assert equal(weights_of(teacher), weights(alone))
+
+
+@pytest.mark.parametrize("name", ["a_first", "z_last"])
+def test_other_teachers_have_the_statistics_of_what_was_trained_and_not_of_the_restart(
+    name, plain_trainer
+):
+    class Normed(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.means: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(self.norm(x))
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.means.append(self.norm.running_mean.clone())
+
+    model, other = Normed(), aux.EMATeacher(0.5, name)
+    seen: list[Tensor] = []
+    look = Blind(lambda step: seen.append(other.store.buffers["norm.running_mean"].clone()) or 0)
+    generations = aux.SnapshotTeacher("m", every="1ep", restart=True)
+    plain_trainer(max_epochs=2, callbacks=[generations, other, look]).fit(model, rows())
+    assert torch.equal(seen[6], model.means[5])
 
 
 @pytest.mark.parametrize("stop", [6, 12])  # within an epoch: tests/contract/test_c07_resume.py

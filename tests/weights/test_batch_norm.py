@@ -65,3 +65,40 @@ def test_no_batches_change_nothing_and_are_refused():
     assert torch.equal(norm.running_var, torch.ones(5))
     assert norm.momentum == 0.1
     assert recompute_batch_norm(nn.Linear(2, 2), []) == 0
+
+
+def test_only_the_named_layers_are_measured_and_others_normalise_as_in_evaluation(data):
+    frozen = nn.BatchNorm1d(5)
+    frozen.running_mean.fill_(100.0)
+    frozen.running_var.fill_(4.0)
+    module = nn.Sequential(frozen, nn.BatchNorm1d(5))
+    assert recompute_batch_norm(module, data.split(50), norms=[module[1]]) == 1
+    assert torch.equal(frozen.running_mean, torch.full((5,), 100.0))
+    assert torch.equal(frozen.running_var, torch.full((5,), 4.0))
+    seen = (data.double() - 100) / (4 + 1e-5) ** 0.5
+    assert torch.allclose(module[1].running_mean.double(), seen.mean(0), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(module[1].running_var.double(), seen.var(0), rtol=1e-5)
+    assert recompute_batch_norm(module, data.split(50), norms=[]) == 0
+
+
+def test_layers_that_were_compiled_before_are_measured(data):
+    module = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    compiled = torch.compile(module, backend="eager")
+    compiled(data)
+    module[1].reset_running_stats()
+    assert recompute_batch_norm(compiled, data.split(50)) == 1
+    inputs = module[0](data).detach().double()
+    assert torch.allclose(module[1].running_mean.double(), inputs.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_an_error_leaves_the_statistics_and_is_passed_on(data):
+    module = nn.BatchNorm1d(5)
+
+    def fails(batch: torch.Tensor) -> None:
+        module(batch)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError, match="x"):
+        recompute_batch_norm(module, data.split(50), fails)
+    assert torch.equal(module.running_var, torch.ones(5))
+    assert (module.momentum, module.training) == (0.1, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_aux as aux
 from lightning_aux.weights import export
@@ -84,7 +86,7 @@ def test_an_exported_average_loads_wherever_we_are_not(plain_trainer, tied, tmp_
     script.write_text(LOADS)
     subprocess.run([sys.executable, "-W", "ignore", script, out], check=True, cwd=tmp_path)
     seen = torch.load(f"{out}.seen", weights_only=True)
-    average = teacher.store.state_dict(teacher.pending)
+    average = teacher.store.state_dict(teacher.buffers_now())
     expected = {**average, "outer.weight": average["inner.weight"]}
     assert seen.keys() == module.state_dict().keys()
     assert equal(seen, {name: expected[name] for name in seen})
@@ -173,3 +175,56 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
 def test_a_file_of_the_old_format_is_read(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(read_checkpoint(tmp_path / "old.pt", "test")["a"], torch.ones(2))
+
+
+# ---------------------------------------------------- what must not pass for an average
+def test_raw_weights_under_other_names_are_not_the_average(plain_trainer, tmp_path):
+    class Renamed(Classifier):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state = checkpoint["state_dict"]
+            renamed = {name.replace("encoder", "net"): value for name, value in state.items()}
+            checkpoint["state_dict"] = renamed
+
+    trained(plain_trainer, Renamed(), tmp_path / "run.ckpt", aux.EMATeacher(0.9))
+    with pytest.raises(
+        aux.AuxiliaryError,
+        match=r"no value for 'net\.0\.weight', 'net\.0\.bias' .*'encoder\.0\.weight', .*renamed",
+    ):
+        export(tmp_path / "run.ckpt", tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_what_a_module_adds_to_its_state_dict_stays_and_is_named(plain_trainer, tmp_path):
+    class Adds(Classifier):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["scale"] = torch.tensor(2.5)
+
+    trained(plain_trainer, Adds(), tmp_path / "run.ckpt", aux.EMATeacher(0.9))
+    with pytest.warns(UserWarning, match="the average has no value for 'scale' of the state_dict"):
+        export(tmp_path / "run.ckpt", tmp_path / "out.ckpt")
+    written = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["lightning_aux"]["members"]["ema"]
+    assert written.pop("scale") == 2.5
+    assert equal(written, kept["weights"])
+
+
+def test_why_there_is_no_average_in_a_file_of_weights_alone(plain_trainer, tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True)
+    plain_trainer(callbacks=[aux.EMAWeights(0.9), saving], enable_checkpointing=True).fit(
+        Classifier(), rows()
+    )
+    with pytest.raises(
+        aux.AuxiliaryError, match=r"save_weights_only=True.*save_weights_only=False"
+    ):
+        export(saving.best_model_path, tmp_path / "out.ckpt")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of files")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_others_may_read_what_is_written_as_any_other_file(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_checkpoint({"a": torch.ones(2)}, {"a": torch.zeros(2)}, tmp_path / "out.pt")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.pt").stat().st_mode & 0o777 == 0o666 & ~mask

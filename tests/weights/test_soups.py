@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 import lightning_aux as aux
-from lightning_aux.weights import greedy_soup, interpolate, synthesize_ema, uniform_soup
+from lightning_aux.functional import power_exponent
+from lightning_aux.weights import (
+    greedy_soup,
+    interpolate,
+    synthesize_ema,
+    uniform_soup,
+    wise_ft,
+)
+from tests.averages.test_candidates import Scored
 from tests.engine.small_models import largest_difference, rows
 from tests.teachers.test_ema_teacher import Walk
 
@@ -160,3 +168,120 @@ def test_an_average_of_any_length_is_put_together_from_two(plain_trainer, tmp_pa
     assert error < 0.01 * moved
     with pytest.raises(aux.AuxiliaryError, match="has no average by a power function of these"):
         synthesize_ema(paths, 0.07, tmp_path / "out.ckpt", ["none"])
+
+
+def stored(tmp_path: Any, values: dict[float, float], **buffers: float) -> Any:
+    """A checkpoint with power-function averages of these lengths at step 1000."""
+    members = {
+        f"ema{length}": {
+            "updates": 1000,
+            "steps": 1000,
+            "gamma": power_exponent(length),
+            "weights": {"w": torch.full((2,), value)} | numbered(buffers),
+            "buffers": numbered(buffers),
+        }
+        for length, value in values.items()
+    }
+    state = {"w": torch.zeros(2)} | numbered(buffers)
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.ckpt"
+    torch.save({"state_dict": state, "lightning_aux": {"members": members}}, path)
+    return path
+
+
+def numbered(values: dict[str, float]) -> dict[str, Tensor]:
+    return {name: torch.full((2,), value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("length", [0.03, 0.07, 0.2])
+@pytest.mark.filterwarnings("ignore:.*is off by")
+def test_weights_that_never_moved_come_out_as_they_are(tmp_path, length):
+    path = stored(tmp_path, {0.05: 3.0, 0.1: 3.0})
+    factors = synthesize_ema([path], length, tmp_path / "out.ckpt")
+    assert sum(factors.values()) == pytest.approx(1)
+    assert torch.allclose(state_of(tmp_path / "out.ckpt")["w"], torch.tensor(3.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*is off by")
+def test_variances_are_of_the_latest_checkpoint_not_extrapolated(plain_trainer, tmp_path):
+    """Far from the lengths of the tracks, with factors well below zero and beyond one."""
+    tracks = [aux.EMATeacher(name=str(each), length=each) for each in (0.05, 0.1)]
+    model, paths = Scored(norm=True), []
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            paths.append(tmp_path / f"{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(paths[-1])
+
+    plain_trainer(max_epochs=4, callbacks=[*tracks, Save()]).fit(model, rows())
+    factors = synthesize_ema(paths, 0.2, tmp_path / "out.ckpt")
+    assert min(factors.values()) < -0.1
+    out, latest = state_of(tmp_path / "out.ckpt"), state_of(paths[-1])
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert torch.equal(out[name], latest[name])
+
+
+def test_a_length_that_the_tracks_cannot_give_is_said(tmp_path):
+    path = stored(tmp_path, {0.05: 1.0, 0.1: 2.0})
+    with pytest.warns(
+        UserWarning, match=r"2 stored averages from 1 time.*length=0.2 is off by 60%"
+    ):
+        synthesize_ema([path], 0.2, tmp_path / "out.ckpt")
+    with pytest.raises(aux.AuxiliaryError, match=r"length=0.28 is off by 136%.*between those of"):
+        synthesize_ema([path], 0.28, tmp_path / "none.ckpt")
+    assert not (tmp_path / "none.ckpt").exists()
+
+
+# --------------------------------------------------------------------------------- scores of NaN
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_a_diverged_checkpoint_is_not_in_the_soup(files, tmp_path, mode, order):
+    """Nor is one whose mean with the others scores NaN."""
+    counts = {7: NAN, 8: 0.8, 9: 0.8}  # of the first file alone; of any mean, the best one's
+
+    def score(weights: Any) -> float:
+        alone = any(torch.equal(weights["w"], state_of(path)["w"]) for path in files)
+        return counts[int(weights["count"])] if alone else NAN
+
+    chosen = [files[place] for place in order]
+    soup = greedy_soup(chosen, score, tmp_path / "soup.ckpt", mode)
+    assert soup.members == [next(str(path) for path in chosen if path != files[0])]
+    assert soup.score == 0.8
+
+
+def test_scores_that_are_all_nan_are_refused(files, tmp_path):
+    with pytest.raises(aux.AuxiliaryError, match="the score of every checkpoint is NaN"):
+        greedy_soup(files, lambda _: NAN, tmp_path / "soup.ckpt")
+    with pytest.raises(aux.AuxiliaryError, match=r"the score of every coefficient .* is NaN"):
+        wise_ft(files[0], files[1], lambda _: NAN, tmp_path / "soup.ckpt")
+    assert not (tmp_path / "soup.ckpt").exists()
+
+
+# ----------------------------------------------------------------------------- WiSE-FT over files
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_best_weights_between_two_files_and_the_curve(files, tmp_path, mode):
+    anchor, tuned = (state_of(path)["w"].double() for path in files[:2])
+    sign = 1 if mode == "min" else -1
+
+    def score(weights: Any) -> float:
+        """How far from a place at 0.7 of the way."""
+        if weights["count"] != 8:
+            return NAN
+        return sign * float((weights["w"] - (0.3 * anchor + 0.7 * tuned)).square().sum())
+
+    out = tmp_path / "between.ckpt"
+    values = [0.0, 0.25, 0.7, 1.0, 1.5]
+    scores = wise_ft(files[0], files[1], score, out, mode, values, metric="distance")
+    assert list(scores) == values
+    length = float((tuned - anchor).square().sum())
+    for coefficient, found in scores.items():
+        assert found == pytest.approx(sign * (coefficient - 0.7) ** 2 * length, abs=1e-5)
+    assert torch.allclose(state_of(out)["w"].double(), 0.3 * anchor + 0.7 * tuned, atol=1e-6)
+    lines = out.with_suffix(".csv").read_text().splitlines()
+    assert lines[0] == "coefficient,distance"
+    assert [tuple(map(float, line.split(","))) for line in lines[1:]] == list(scores.items())
+    assert out.with_suffix(".png").stat().st_size > 5000
+    with pytest.raises(aux.AuxiliaryError, match="coefficients is empty"):
+        wise_ft(files[0], files[1], score, out, coefficients=[])

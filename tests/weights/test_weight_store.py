@@ -254,6 +254,96 @@ def test_a_buffer_that_two_modules_share_is_exchanged_in_both_and_shared_again()
     assert module.scale is module.second.scale is live
 
 
+def test_stores_in_each_other_and_all_of_them_aside():
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    sets = [weights(module)]
+    stores = []
+    for _ in range(2):
+        with torch.no_grad():
+            for value in (*module.parameters(), *module.buffers()):
+                value.add_(1)
+        sets.append(weights(module))
+        stores.append(WeightStore(module))
+    with torch.no_grad():
+        for value in (*module.parameters(), *module.buffers()):
+            value.add_(1)
+    live, (one, other), (_, first, second) = weights(module), stores, sets
+    with one.in_place(), one.in_place():
+        with other.in_place():
+            assert equal(weights(module), second)
+            for each in stores:
+                with each.aside():
+                    assert equal(weights(module), live)
+                assert equal(weights(module), second)
+            with pytest.raises(aux.AuxiliaryError, match="already, under others"), one.in_place():
+                pass
+        assert equal(weights(module), first)
+    assert equal(weights(module), live)
+    one._exchange(False, None)  # as Ctrl-C may leave them
+    other._exchange(False, None)
+    one.restore()
+    other.restore()
+    assert equal(weights(module), live)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_evaluation_writes_into_the_module_and_not_into_the_average(shared):
+    module = Tied()
+    if not shared:
+        module.second.scale = module.scale.clone()
+    store = WeightStore(module)
+    module.scale.fill_(7.0)
+    live = module.scale
+    with store.in_place(evaluating=True):
+        assert float(module.scale) == 1.0
+        assert (module.second.scale is module.scale) == shared
+        module.scale += 1
+    assert module.scale is live
+    assert float(module.scale) == 2.0
+    assert (module.second.scale is module.scale) == shared
+    assert float(store.state_dict()["scale"]) == 1.0
+    with store.in_place(evaluating=True):  # from now on it is the live one
+        assert float(module.scale) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averaged_buffers_of_half_precision_are_averaged_in_float32(dtype):
+    module = nn.BatchNorm1d(3).to(dtype)
+    store = WeightStore(module, "average")
+    expected = torch.zeros(3, dtype=torch.float64)
+    for _ in range(300):
+        module.running_mean.fill_(1.0)
+        store.update_buffers(0.999)
+        expected = 0.999 * expected + 0.001
+    held = store.state_dict()["running_mean"]
+    assert held.dtype == torch.float32
+    assert torch.allclose(held.double(), expected, atol=1e-6)
+    for evaluating in (False, True):
+        with store.in_place(evaluating):
+            assert torch.equal(module.running_mean, held.to(dtype))
+    store.give()
+    assert torch.equal(module.running_mean, held.to(dtype))
+
+
+def test_a_store_made_before_the_module_is_cast_has_its_values_in_the_new_dtype():
+    module = nn.BatchNorm1d(3)
+    store = WeightStore(module, "average")
+    module.to(torch.bfloat16)
+    module.running_mean.fill_(5.0)
+    with store.in_place():
+        assert torch.equal(module.running_mean, torch.zeros(3, dtype=torch.bfloat16))
+    store.update_buffers(0.5)
+    assert torch.equal(store.state_dict()["running_mean"], torch.full((3,), 2.5))
+
+
+def test_weights_are_read_from_a_state_dict_of_a_module_with_compiled_parts():
+    module = nn.Sequential(nn.Linear(4, 8))
+    store = WeightStore(module)
+    compiled = nn.Sequential(torch.compile(nn.Linear(4, 8), backend="eager"))
+    store.load_state_dict(compiled.state_dict(), "test")
+    assert torch.equal(store.state_dict()["0.weight"], compiled.state_dict()["0._orig_mod.weight"])
+
+
 class Counting(TorchDispatchMode):
     """The names of all tensor operations that run."""
 
