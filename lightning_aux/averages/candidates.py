@@ -1,36 +1,90 @@
-"""``Candidates``: the score of other weights on the user's validation data, leaving no trace."""
+"""``Candidates``: other weights in the module when training ends, leaving no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-from lightning_aux.engine import AuxiliaryError
+from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
 from lightning_aux.engine.taps import plain_path
 from lightning_aux.weights import WeightStore, recompute_batch_norm
+from lightning_aux.weights.batch_norm import as_in_training, measured_norms
 from lightning_aux.weights.files import Weights
 
-__all__ = ["Candidates", "check_validation"]
+__all__ = ["AfterTraining", "Candidates", "check_validation"]
+
+
+class AfterTraining(Attached):
+    """The base of what makes other weights when training ends.
+
+    Args:
+        name: unique name.
+        batch_norm: ``"recompute"`` measures the running statistics of those BatchNorm layers that
+            were in training mode in the last training step; the others were frozen, and stay.
+    """
+
+    def __init__(self, name: str, batch_norm: Literal["recompute", "average"]) -> None:
+        super().__init__(name)
+        if batch_norm not in ("recompute", "average"):
+            raise AuxiliaryError(
+                f"{name}: batch_norm={batch_norm!r} is unknown. Choose 'recompute' or 'average'."
+            )
+        self.batch_norm: Literal["recompute", "average"] = batch_norm
+        self._norms: dict[str, nn.Module] = {}
+        self._modes: list[bool] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_norms": {}, "_modes": []}
+
+    def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
+        measured = measured_norms(engine.module) if self.batch_norm == "recompute" else {}
+        self._norms, self._modes = dict(measured), [each.training for each in measured.values()]
+
+    def after_optimizer_step(self, now: Progress) -> None:
+        self._modes = [each.training for each in self._norms.values()]
+
+    def stop(self) -> None:
+        self._norms, self._modes = {}, []
+
+    @contextmanager
+    def candidates(self, trainer: Any, module: Any) -> Iterator[Candidates]:
+        """Other weights in ``module`` for the time of a ``with`` block in ``on_train_end``."""
+        frozen = [name for name, mode in zip(self._norms, self._modes, strict=True) if not mode]
+        if frozen:
+            rank_zero_info(
+                f"lightning_aux: {self.name} does not measure {', '.join(map(repr, frozen[:5]))}"
+                f"{' and more' if frozen[5:] else ''}: evaluation mode while training, so "
+                f"statistics stay as the checkpoints have them."
+            )
+        norms = [each for name, each in self._norms.items() if name not in frozen]
+        forward = self.engine.locations.forward
+        made = Candidates(trainer, module, norms, forward, self.name)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 class Candidates:
-    """Runs the Trainer's own validation loop with other weights in the module.
+    """Evaluates other weights, by the Trainer's own validation loop.
 
     Neither loggers nor other callbacks see it (a progress bar does), and metrics, progress and
-    weights are as before when it is over. Every process evaluates; the score is their mean.
+    weights are as before when it is over. Every process evaluates; a score is their mean.
 
     Args:
         trainer: in ``on_train_end``.
         module: that it trains.
-        monitor: a metric that ``validation_step`` logs.
-        batch_norm: ``"recompute"`` measures running statistics on the training data for each
-            candidate first.
+        norms: whose running statistics are measured on the training data, for each candidate.
+        forward: how the module runs on a batch, see `Taps`. Default: its ``training_step``.
         asked_by: begins the message of an error.
     """
 
@@ -38,13 +92,12 @@ class Candidates:
         self,
         trainer: Any,
         module: Any,
-        monitor: str,
-        batch_norm: Literal["average", "recompute"],
+        norms: Sequence[nn.Module],
+        forward: Callable[[Any, Any], Any] | None,
         asked_by: str,
     ) -> None:
         self._trainer, self._module = trainer, module
-        self._monitor, self._asked_by = monitor, asked_by
-        self._recomputes = batch_norm == "recompute"
+        self._norms, self._forward, self._asked_by = list(norms), forward, asked_by
         self._store = WeightStore(module)
 
     def close(self) -> None:
@@ -52,43 +105,74 @@ class Candidates:
         self._store.restore()
         self._store.close()
 
-    def score(self, weights: Weights) -> float:
-        """The monitored metric of ``weights``, by name.
+    @property
+    def measures(self) -> bool:
+        """Whether there are running statistics to measure."""
+        return bool(self._norms)
+
+    def score(self, weights: Weights, monitor: str) -> float:
+        """The metric ``monitor`` of ``weights``, by name.
 
         Raises:
             AuxiliaryError: they do not fit the module, or nothing of that name was logged.
         """
-        named = {plain_path(name): value for name, value in weights.items()}
-        self._store.load_state_dict(named, self._asked_by)
-        with isolate_rng(), self._store.in_place(evaluating=True):
-            if self._recomputes:
-                self._measure()
+        with self._in_place(weights):
             metrics = self._validated()
-        if self._monitor not in metrics:
+        if monitor not in metrics:
             raise AuxiliaryError(
-                f"{self._asked_by}: monitor={self._monitor!r} was not logged in validation. Logged "
+                f"{self._asked_by}: monitor={monitor!r} was not logged in validation. Logged "
                 f"were {', '.join(map(repr, metrics)) or 'no metrics'}."
             )
-        value = torch.as_tensor(metrics[self._monitor], device=self._trainer.strategy.root_device)
+        value = torch.as_tensor(metrics[monitor], device=self._trainer.strategy.root_device)
         return float(self._trainer.strategy.reduce(value.float(), reduce_op="mean"))
 
-    def latest(self) -> Weights:
-        """The weights of the last `score`, with the statistics that were measured for them."""
-        return self._store.state_dict()
+    def measured(self, weights: Weights) -> Weights:
+        """``weights``, by plain names, with the running statistics that are measured for them."""
+        statistics, measured = {}, set(map(id, self._norms))  # a Metric is equal to anything
+        with self._in_place(weights):
+            for name, norm in self._module.named_modules(remove_duplicate=False):
+                for key in ("running_mean", "running_var") if id(norm) in measured else ():
+                    statistics[plain_path(f"{name}.{key}")] = getattr(norm, key).clone()
+        return {plain_path(name): value for name, value in weights.items()} | statistics
+
+    @contextmanager
+    def _in_place(self, weights: Weights) -> Iterator[None]:
+        named = {plain_path(name): value for name, value in weights.items()}
+        self._store.load_state_dict(named, self._asked_by)
+        with isolate_rng(), self._store.in_place():  # what is written is dropped
+            if self._norms:
+                self._measure()
+            yield
 
     def _measure(self) -> None:
-        module, strategy = self._module, self._trainer.strategy
-
-        def run(batch: Any) -> Any:
-            batch = strategy.batch_to_device(batch)
-            return module(batch[0] if isinstance(batch, list | tuple) else batch)
+        trainer, module = self._trainer, self._module
+        loader, total = trainer.fit_loop._combined_loader, trainer.num_training_batches
+        # A stream without an end: as many as the last epoch had.
+        total = int(total) if math.isfinite(total) else trainer.fit_loop.epoch_loop.batch_idx + 1
 
         def batches() -> Iterator[Any]:  # begun where random numbers are set aside
-            yield from islice(
-                self._trainer.train_dataloader, int(self._trainer.num_training_batches)
-            )
+            for batch, _, _ in CombinedLoader(loader.iterables, loader._mode):
+                yield batch
 
-        recompute_batch_norm(module, batches(), run, progress=False)
+        bar = trainer.progress_bar_callback
+        try:
+            recompute_batch_norm(
+                module,
+                batches(),
+                as_in_training(trainer, module, self._forward),
+                progress=trainer.is_global_zero and bool(getattr(bar, "is_enabled", bar)),
+                total=total,
+                norms=self._norms,
+            )
+        except Exception as error:  # what took a training to make is not given up for this
+            self._norms = []
+            rank_zero_warn(
+                f"lightning_aux: {self._asked_by}: running the model on the training data for "
+                f"BatchNorm's statistics ended with {type(error).__name__}: {error}. They are "
+                f"averaged instead, which no longer fits the weights. Say how the model runs with "
+                f"Taps(forward=lambda module, batch: ...) among the callbacks, or measure them in "
+                f"the file with lightning_aux.weights.recompute_batch_norm."
+            )
 
     def _validated(self) -> dict[str, Any]:
         trainer, connector = self._trainer, self._trainer._logger_connector

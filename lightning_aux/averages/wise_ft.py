@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,19 +9,18 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_aux.averages.candidates import Candidates, check_validation
+from lightning_aux.averages.candidates import AfterTraining, check_validation
 from lightning_aux.averages.folder import folder_of
 from lightning_aux.engine import Attached, AuxiliaryError, Engine
 from lightning_aux.teachers import FrozenTeacher
 from lightning_aux.weights import WeightStore
-from lightning_aux.weights.files import write_checkpoint
+from lightning_aux.weights.curve import COEFFICIENTS, best_of, write_curve
+from lightning_aux.weights.files import Weights, write_checkpoint
 
 __all__ = ["WiSEFT"]
 
-_COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-
-class WiSEFT(Attached):
+class WiSEFT(AfterTraining):
     """Interpolates between the weights before and after fine-tuning, when training ends.
 
     ``θ(α) = (1 − α)·θ_0 + α·θ_1`` (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models",
@@ -37,8 +35,8 @@ class WiSEFT(Attached):
         anchor: path of the checkpoint before fine-tuning. Default: the weights with which ``fit``
             began, kept through resumed runs.
         coefficients: the values of α to try.
-        batch_norm: ``"recompute"`` measures running statistics on the training data for every α;
-            ``"average"`` interpolates them too.
+        batch_norm: ``"recompute"`` measures running statistics on the training data for every α,
+            see `ModelSoup`; ``"average"`` interpolates them too.
         filename: of the checkpoint, in the folder of the checkpoints; the curve goes beside it
             with the endings ``.csv`` and, if matplotlib is installed, ``.png``.
         name: unique name.
@@ -50,7 +48,8 @@ class WiSEFT(Attached):
 
     Raises:
         AuxiliaryError: no coefficients; before training, nothing to choose by, or an anchor that
-            cannot be read or belongs to another model.
+            cannot be read or belongs to another model; when training ends, no score that is a
+            number.
     """
 
     def __init__(
@@ -58,24 +57,19 @@ class WiSEFT(Attached):
         monitor: str,
         mode: Literal["min", "max"] = "max",
         anchor: str | Path | None = None,
-        coefficients: Sequence[float] = _COEFFICIENTS,
+        coefficients: Sequence[float] = COEFFICIENTS,
         batch_norm: Literal["recompute", "average"] = "recompute",
         filename: str = "wise_ft.ckpt",
         name: str = "wise_ft",
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, batch_norm)
         if mode not in ("min", "max"):
             raise AuxiliaryError(f"{name}: mode={mode!r} is unknown. Choose 'min' or 'max'.")
-        if batch_norm not in ("recompute", "average"):
-            raise AuxiliaryError(
-                f"{name}: batch_norm={batch_norm!r} is unknown. Choose 'recompute' or 'average'."
-            )
         if not coefficients:
             raise AuxiliaryError(f"{name}: coefficients is empty: give the values of α to try.")
         self.monitor = monitor
-        self.mode = mode
+        self.mode: Literal["min", "max"] = mode
         self.coefficients = tuple(float(each) for each in coefficients)
-        self.batch_norm: Literal["recompute", "average"] = batch_norm
         self.filename = filename
         self.anchor = FrozenTeacher(f"{name}.anchor", anchor)
         self.path: Path | None = None
@@ -94,22 +88,20 @@ class WiSEFT(Attached):
         tuned, anchor = tuned_store.state_dict(), self.anchor.store.state_dict()
         ties = tuned_store.ties
         tuned_store.close()
-        candidates = Candidates(trainer, pl_module, self.monitor, self.batch_norm, self.name)
-        try:
+        with self.candidates(trainer, pl_module) as candidates:
             self.curve = {
-                each: candidates.score(_between(anchor, tuned, each)) for each in self.coefficients
+                each: candidates.score(_between(anchor, tuned, each), self.monitor)
+                for each in self.coefficients
             }
-            choose = max if self.mode == "max" else min
-            self.coefficient = choose(self.curve, key=self.curve.__getitem__)
-            candidates.score(_between(anchor, tuned, self.coefficient))
-            best = candidates.latest()
-        finally:
-            candidates.close()
+            self.coefficient = best_of(self.curve, self.mode, self.name)
+            best: Weights = _between(anchor, tuned, self.coefficient)
+            if candidates.measures:
+                best = candidates.measured(best)
         out = folder_of(trainer) / self.filename
         like = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
         if trainer.is_global_zero:
             write_checkpoint(like, best, out, ties)
-            _write_curve(self.curve, self.coefficient, self.monitor, out)
+            write_curve(self.curve, self.coefficient, self.monitor, out)
         trainer.strategy.barrier(self.name)
         self.path = out
         rank_zero_info(
@@ -132,25 +124,3 @@ def _between(
 def _mixed(anchor: Tensor, tuned: Tensor, coefficient: float) -> Tensor:
     mixed = (1 - coefficient) * anchor.to(tuned.device).double() + coefficient * tuned.double()
     return mixed.to(tuned.dtype)
-
-
-def _write_curve(curve: dict[float, float], best: float, monitor: str, out: Path) -> None:
-    with out.with_suffix(".csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["coefficient", monitor])
-        rows.writerows(curve.items())
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    points = sorted(curve.items())
-    axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color="#3b6ea8")
-    axes.plot([best], [curve[best]], marker="o", markersize=12, color="#c8553d", fillstyle="none")
-    axes.annotate(f"α = {best:g}", (best, curve[best]), textcoords="offset points", xytext=(8, 8))
-    axes.set_xlabel("α: 0 before fine-tuning, 1 after it")
-    axes.set_ylabel(monitor)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.savefig(out.with_suffix(".png"), dpi=150)

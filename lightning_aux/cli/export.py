@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lightning_aux import AuxiliaryError
+from lightning_aux import AuxiliaryError, Taps
 from lightning_aux.weights import export as write_average
 from lightning_aux.weights import recompute_batch_norm
+from lightning_aux.weights.batch_norm import as_in_training, measured_norms
 from lightning_aux.weights.files import read_checkpoint, weights_in, write_checkpoint
 
 
@@ -75,25 +74,40 @@ def _recompute(config: Path, path: Path, batches: int | None) -> int:
     for key in ("ckpt_path", "weights_only"):  # of a training, in the config that it has saved
         content.pop(key, None)
     made = AuxCLI(args=content, run=False)
-    module, trainer = made.model, made.trainer
+    module: Any = made.model
+    trainer: Any = made.trainer
     read = read_checkpoint(path, "export")
     module.load_state_dict(weights_in(read, str(path)), strict=True)
+    # As far as a fit would have it, so that the user's hooks find what they expect.
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=made.datamodule)
+    trainer.training = True
     source = made.datamodule if made.datamodule is not None else module
-    source.trainer = trainer
     source.prepare_data()
     source.setup("fit")
     data = source.train_dataloader()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
-
-    def run(batch: Any) -> Any:
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module(batch[0] if isinstance(batch, list | tuple) else batch)
-
+    trainer.precision_plugin.convert_module(module.to(trainer.strategy.root_device))
+    norms = measured_norms(module)
+    trained = [each for each in norms.values() if each.training]
+    forward = next((e.locations.forward for e in trainer.callbacks if isinstance(e, Taps)), None)
+    run = as_in_training(trainer, module, forward)
     total = batches if batches is not None else _length(data)
-    layers = recompute_batch_norm(module, itertools.islice(data, total), run, total=total)
+    try:
+        layers = recompute_batch_norm(
+            module, itertools.islice(data, total), run, total=total, norms=trained
+        )
+    except Exception as error:
+        raise AuxiliaryError(
+            f"export: {str(path)!r} is written, but with the statistics of BatchNorm that the "
+            f"average has: running {type(module).__name__} on the training data of {str(config)!r} "
+            f"ended with {type(error).__name__}: {error}. Say how it runs with "
+            f"Taps(forward=...) among the callbacks there."
+        ) from error
     if layers:
         write_checkpoint(read, {k: v.cpu() for k, v in module.state_dict().items()}, path)
+    frozen = [name for name, each in norms.items() if not each.training]
+    if frozen:
+        print(f"left as they are, in evaluation mode from the start: {', '.join(frozen)}")
     return layers
 
 

@@ -127,7 +127,10 @@ def synthesis_weights(
     """Factors of stored power-function averages whose sum is nearest to an average of other length.
 
     The least-squares fit of the profiles p(τ) = (γ + 1)·τ^γ / t^(γ + 1) on 0 < τ ≤ t, with the
-    inner products in closed form (Karras et al. 2024, arXiv:2312.02696, appendix C.2).
+    inner products in closed form (Karras et al. 2024, arXiv:2312.02696, appendix C.2), among
+    factors that sum to one. The paper solves without that constraint, and so would rescale the
+    model: weights that never moved would not come out as they are. Its code divides by the sum
+    afterwards, which is no longer the nearest.
 
     Args:
         stored: (t, γ) of each: the step at which it was stored, from 1, and its exponent.
@@ -141,10 +144,49 @@ def synthesis_weights(
     """
     if not stored or len(set(stored)) < len(stored):
         raise ValueError("the stored averages must be different ones, and at least one")
-    products = torch.tensor([[_product(a, b) for b in stored] for a in stored], dtype=torch.float64)
-    aims = torch.tensor([_product(a, wanted) for a in stored], dtype=torch.float64)
-    factors: list[float] = torch.linalg.lstsq(products, aims[:, None]).solution[:, 0].tolist()
-    return factors
+    products, aims, _ = _fit(stored, wanted)
+    # The best factors are where the gradient of the squared error is the same in all of them.
+    system = torch.ones(len(stored) + 1, len(stored) + 1, dtype=torch.float64)
+    system[:-1, :-1], system[-1, -1] = products, 0.0
+    right = torch.cat([aims, aims.new_ones(1)])
+    factors = torch.linalg.lstsq(system, right[:, None]).solution[:-1, 0]
+    exact: list[float] = (factors / factors.sum()).tolist()  # the sum was one up to rounding
+    return exact
+
+
+def synthesis_error(
+    stored: Sequence[tuple[int, float]], factors: Sequence[float], wanted: tuple[int, float]
+) -> float:
+    """How far the profile of a sum of stored averages is from the wanted one.
+
+    Args:
+        stored: see `synthesis_weights`.
+        factors: that it returned.
+        wanted: see `synthesis_weights`.
+
+    Returns:
+        The norm of the difference over the norm of the wanted profile: 0 for the same, and from 1
+        on no better than nothing.
+    """
+    products, aims, norm = _fit(stored, wanted)
+    held = torch.tensor(factors, dtype=torch.float64)
+    squared = held @ products @ held - 2 * held @ aims + norm
+    return math.sqrt(max(0.0, float(squared)) / norm)
+
+
+def _fit(
+    stored: Sequence[tuple[int, float]], wanted: tuple[int, float]
+) -> tuple[Tensor, Tensor, float]:
+    """The inner products of stored profiles with each other and the wanted one, and its own.
+
+    All of them times the last step, so that they are near one.
+    """
+    unit = max(step for step, _ in [*stored, wanted])
+    products = [[_product(a, b) * unit for b in stored] for a in stored]
+    aims = [_product(a, wanted) * unit for a in stored]
+    norm = _product(wanted, wanted) * unit
+    double = torch.float64
+    return torch.tensor(products, dtype=double), torch.tensor(aims, dtype=double), norm
 
 
 def _product(one: tuple[int, float], other: tuple[int, float]) -> float:

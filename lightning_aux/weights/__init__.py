@@ -8,6 +8,7 @@ from lightning_aux.weights.soups import (
     interpolate,
     synthesize_ema,
     uniform_soup,
+    wise_ft,
 )
 from lightning_aux.weights.store import WeightStore
 
@@ -20,4 +21,5 @@ __all__ = [
     "recompute_batch_norm",
     "synthesize_ema",
     "uniform_soup",
+    "wise_ft",
 ]

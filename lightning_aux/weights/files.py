@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.engine import STATE_KEY
 from lightning_aux.engine.taps import plain_path
+from lightning_aux.functional.shards import local
 
 __all__ = ["export", "read_checkpoint", "weights_in", "write_checkpoint"]
 
@@ -28,19 +30,31 @@ def read_checkpoint(path: Source, asked_by: str) -> dict[str, Any]:
 
     Args:
         path: a Lightning checkpoint or a plain ``state_dict``; read with ``weights_only=True``, so
-            that nothing in it can run. Files older than torch 1.6 are read as a whole.
+            that nothing in it can run. Files older than torch 1.6 are read as a whole. Or a
+            distributed checkpoint, a folder as ``ModelParallelStrategy`` and ``FSDPStrategy``
+            write it; torch reads the index of such a folder as a pickle, so take it only from
+            whom you trust.
         asked_by: begins the message of an error.
 
     Raises:
         AuxiliaryError: no such file, or it cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir() and not (path / ".metadata").is_file():
+        raise AuxiliaryError(
+            f"{asked_by}: {str(path)!r} is a folder, and not one that a distributed checkpoint is "
+            f"in (there is no '.metadata'). Give the path of a checkpoint."
+        )
+    if not path.exists():
         raise AuxiliaryError(
             f"{asked_by}: {str(path)!r} is not a file (looked in {Path.cwd()}). Give the path of a "
             f"checkpoint."
         )
     try:
+        if path.is_dir():
+            from lightning_aux.weights.folders import read_folder  # not in every build of torch
+
+            return read_folder(path)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # not written by torch.save of today: cannot be mapped
@@ -55,8 +69,10 @@ def read_checkpoint(path: Source, asked_by: str) -> dict[str, Any]:
     return saved
 
 
-def weights_in(checkpoint: Mapping[str, Any], asked_by: str) -> dict[str, Tensor]:
+def weights_in(checkpoint: Mapping[str, Any], asked_by: str) -> Weights:
     """The ``state_dict`` of a Lightning checkpoint, or the checkpoint if it is one itself.
+
+    Tensors are read when they are looked at.
 
     Raises:
         AuxiliaryError: there is none.
@@ -64,7 +80,7 @@ def weights_in(checkpoint: Mapping[str, Any], asked_by: str) -> dict[str, Tensor
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, Mapping) or not any(isinstance(v, Tensor) for v in weights.values()):
         raise AuxiliaryError(f"{asked_by}: the file holds no state_dict.")
-    return dict(weights)
+    return weights
 
 
 def averages_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -86,10 +102,14 @@ def average_in(checkpoint: Mapping[str, Any], teacher: str | None, asked_by: str
     """
     found = averages_in(checkpoint)
     if not found:
-        raise AuxiliaryError(
-            f"{asked_by}: the checkpoint has no averaged weights: it was written without a teacher "
-            f"or EMAWeights among the Trainer's callbacks, or before the average began."
+        why = (
+            "it was written with save_weights_only=True, by which Lightning leaves out the state "
+            "of callbacks, the average too. Use ModelCheckpoint(save_weights_only=False)."
+            if "pytorch-lightning_version" in checkpoint and "callbacks" not in checkpoint
+            else "it was written without a teacher or EMAWeights among the Trainer's callbacks, "
+            "or before the average began."
         )
+        raise AuxiliaryError(f"{asked_by}: the checkpoint has no averaged weights: {why}")
     if teacher is None and len(found) == 1:
         teacher = next(iter(found))
     if teacher not in found:
@@ -118,7 +138,20 @@ def write_checkpoint(
         ties: further names of tied parameters, and the name they go by in ``weights``. Not needed
             where they share their memory in ``like``.
     """
-    old = weights_in(like, str(out))
+    new, _ = _replaced(like, weights, out, ties)
+    kept = {
+        key: value
+        for key, value in like.items()
+        if key not in _OF_THE_RUN and not key.endswith("Precision") and "state_dict" in like
+    }
+    _write({**kept, "state_dict": new} if "state_dict" in like else new, Path(out))
+
+
+def _replaced(
+    like: Mapping[str, Any], weights: Weights, out: Source, ties: Mapping[str, str] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The ``state_dict`` of ``like`` with other weights, and what of it has no value there."""
+    old = dict(weights_in(like, str(out)))
     values = {plain_path(name): value for name, value in weights.items()}
     ties = {plain_path(name): plain_path(first) for name, first in (ties or {}).items()}
     found: dict[str, Tensor] = {}
@@ -128,18 +161,10 @@ def write_checkpoint(
         value = values.get(name, values.get(ties.get(name, "")))
         if value is not None and isinstance(before, Tensor):
             found[key] = shared[_place(before)] = _as(before, value, key, out)
-    new = {
-        key: found.get(key, shared.get(_place(before), before))
-        if isinstance(before, Tensor)
-        else before
-        for key, before in old.items()
-    }
-    kept = {
-        key: value
-        for key, value in like.items()
-        if key not in _OF_THE_RUN and not key.endswith("Precision") and "state_dict" in like
-    }
-    _write({**kept, "state_dict": new} if "state_dict" in like else new, Path(out))
+    for key, before in old.items():
+        if key not in found and isinstance(before, Tensor) and _place(before) in shared:
+            found[key] = shared[_place(before)]
+    return {**old, **found}, [key for key in old if key not in found]
 
 
 def export(checkpoint: Source, out: Source, teacher: str | None = None) -> None:
@@ -153,16 +178,51 @@ def export(checkpoint: Source, out: Source, teacher: str | None = None) -> None:
     Raises:
         AuxiliaryError: no file, no average, or several to choose from.
     """
+    where = f"export: {str(checkpoint)!r}"
     read = read_checkpoint(checkpoint, "export")
-    state = average_in(read, teacher, f"export: {str(checkpoint)!r}")
+    state = average_in(read, teacher, where)
+    _check_names(read, state, where)
     write_checkpoint(read, state["weights"], out, state.get("ties"))
 
 
+def _check_names(read: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:
+    """Raw weights must not pass for averaged ones where the two do not go by the same names."""
+    old = weights_in(read, where)
+    new, left = _replaced(read, state["weights"], where, state.get("ties"))
+    raw = [
+        key
+        for key in left
+        if isinstance(new[key], Tensor)
+        and new[key].is_floating_point()
+        and not key.endswith("_extra_state")
+    ]
+    if not raw:
+        return
+    keys = {plain_path(key) for key in old}
+    unused = [name for name in state["weights"] if plain_path(name) not in keys]
+    if unused:
+        raise AuxiliaryError(
+            f"{where}: the average has no value for {_some(raw)} of the state_dict, which has none "
+            f"of the names {_some(unused)} that the average has. Somebody has renamed the keys "
+            f"(on_save_checkpoint of the module?), so the file would have raw weights. Give the "
+            f"state_dict in the checkpoint the names of the module's parameters and export that."
+        )
+    rank_zero_warn(
+        f"lightning_aux: {where}: the average has no value for {_some(raw)} of the state_dict, no "
+        f"parameters or buffers of the module's; these stay as they were."
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (" and more" if names[5:] else "")
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.numel() == 0:
+    part = local(tensor)  # of a sharded one, which has no memory of its own
+    if part.numel() == 0:
         return (id(tensor),)
-    start = tensor.untyped_storage().data_ptr()
-    return start, tensor.storage_offset(), tensor.shape, tensor.stride()
+    start = part.untyped_storage().data_ptr()
+    return start, part.storage_offset(), tensor.shape, part.stride()
 
 
 def _as(before: Tensor, value: Tensor, key: str, out: Source) -> Tensor:
@@ -177,9 +237,9 @@ def _as(before: Tensor, value: Tensor, key: str, out: Source) -> Tensor:
 def _write(checkpoint: Mapping[str, Any], out: Path) -> None:
     """A full disk, or Ctrl-C, leaves what was there before."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    part = f"{out.parent}/.{out.name}.{uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with Path(part).open("xb") as file:  # with the rights of any other file of this user
             torch.save(dict(checkpoint), file)
         os.replace(part, out)
     except BaseException:

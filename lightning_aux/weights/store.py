@@ -24,11 +24,13 @@ from lightning_aux.weights.registrations import Registrations
 __all__ = ["WeightStore"]
 
 _Pairs: TypeAlias = tuple[list[Tensor], list[Tensor]]
-# What the module holds while other values are in place: parameters; of sharded ones the parts and
-# their contents; buffers by name here, holder and key.
-_Kept: TypeAlias = tuple[
-    list[Tensor], list[Tensor], list[Tensor], list[tuple[str, dict[str, Any], str, Tensor]]
-]
+# What the module holds while other values are in place: parameters, and what they pointed at; of
+# sharded ones the parts and their contents; buffers by name here, holder and key.
+_Place: TypeAlias = tuple[str, dict[str, Any], str, Tensor]
+_Kept: TypeAlias = tuple[list[nn.Parameter], list[Tensor], list[Tensor], list[Tensor], list[_Place]]
+Versions: TypeAlias = list[tuple[int, int | None]]
+# By identity of the module: the stores whose values are in it, the latest last.
+_IN_PLACE: dict[int, list[WeightStore]] = {}
 _PART = attrgetter("_local_tensor")  # of a DTensor; ``to_local`` costs microseconds
 _SHAPE = attrgetter("shape")
 _HALF = (torch.float16, torch.bfloat16)
@@ -37,9 +39,9 @@ _HALF = (torch.float16, torch.bfloat16)
 class WeightStore:
     """Values by name for every parameter and persistent buffer of a module; no module is copied.
 
-    Tied parameters and shared buffers are held once and stay tied. Parameters in half precision
-    have float32 values here: an average with a decay near one would otherwise never move. A
-    parameter that appears later (an adapter) has its live value from then on. Non-persistent
+    Tied parameters and shared buffers are held once and stay tied. What is averaged in half
+    precision has float32 values here: an average with a decay near one would otherwise never move.
+    A parameter that appears later (an adapter) has its live value from then on. Non-persistent
     buffers (rotary caches, masks) are made from the configuration and have no values here: the
     live ones serve every set of weights.
 
@@ -52,6 +54,8 @@ class WeightStore:
     Attributes:
         module: whose weights these are.
         buffers: the values of its persistent buffers, by name.
+        written: names of the buffers that the user's code has written in an evaluation: in the
+            next one they are the live ones.
 
     Args:
         module: whose weights these are.
@@ -68,13 +72,15 @@ class WeightStore:
         self._gathering = fully_sharded_modules(module)
         self._averages = buffers == "average"
         self._kept: _Kept | None = None
-        self._again: tuple[bool, float | None] = False, None
+        self._given: dict[str, tuple[Tensor, int | None]] = {}  # copies of buffers, and versions
+        self._again: tuple[bool, dict[str, Tensor] | None] = False, None
         weakref.finalize(self, Registrations.leave, id(self))  # for who does not close it
         Registrations.watch(id(self))
         self._live: list[nn.Parameter] = []
         self._held: dict[str, Tensor] = {}
         self._owners: list[tuple[str, nn.Module]] = []
         self.buffers: dict[str, Tensor] = {}
+        self.written: set[str] = set()
         self._list()
         self._plan = self._follow_buffers(self.buffers)
         self._planned_for: list[int] | None = None
@@ -151,8 +157,15 @@ class WeightStore:
         would have the same teacher.
         """
         if self._gathering:
+            together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
             for buffer in self.buffers.values():
-                dist.broadcast(buffer, 0)
+                together.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+            for buffers in together.values():
+                flat = torch.cat([each.flatten() for each in buffers])
+                dist.broadcast(flat, 0)
+                parts = torch.split(flat, [each.numel() for each in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.view_as(buffer))
 
     # -------------------------------------------------------------------------------- moving
     def update(self, decay: float) -> None:
@@ -171,8 +184,8 @@ class WeightStore:
     def update_buffers(self, decay: float) -> None:
         """Take the live module's buffers, or average those that are averaged, with ``decay``.
 
-        A buffer whose shape or dtype has changed, or that is new, starts from the live value; one
-        that is gone is gone here too.
+        A buffer whose shape has changed, or that is new, starts from the live value; one that is
+        gone is gone here too.
         """
         self.follow()
         # In one go through C: looking at each buffer costs more than moving all of them.
@@ -186,26 +199,14 @@ class WeightStore:
     def mean_of(self, others: Sequence[WeightStore]) -> None:
         """Take the mean of the values of ``others``, which belong to the same module.
 
-        Integer and boolean buffers, and all buffers that not every one of them has, are the last
-        one's.
+        See `mean_of_buffers` for buffers.
         """
         self.follow()
         for each in others:
             each.follow()
-        newest = others[-1]
         _mean_(self.parts(), [each.parts() for each in others])
-        self.buffers = {name: each.clone() for name, each in newest.buffers.items()}
+        self.buffers = mean_of_buffers([each.buffers for each in others])
         self._planned_for = None
-        shared = [
-            name
-            for name, each in self.buffers.items()
-            if each.is_floating_point()
-            and all(name in o.buffers and _alike(each, o.buffers[name]) for o in others)
-        ]
-        _mean_(
-            [self.buffers[name] for name in shared],
-            [[other.buffers[name] for name in shared] for other in others],
-        )
 
     @torch.no_grad()
     def give(self) -> None:
@@ -215,7 +216,7 @@ class WeightStore:
         torch._foreach_copy_([local(each) for each in self._live], self.parts())
         for name, _, _, buffer in self._places():
             ours = self.buffers.get(name)
-            if ours is not None and _alike(ours, buffer):
+            if ours is not None and _fits(ours, buffer):
                 buffer.copy_(ours)
 
     def values(self) -> list[Tensor]:
@@ -227,24 +228,30 @@ class WeightStore:
         return [local(each) for each in self._values]
 
     def _follow_buffers(self, buffers: dict[str, Tensor]) -> _Plan:
-        """Make ``buffers`` like the live ones by name, shape and dtype; how to move them then."""
+        """Make ``buffers`` like the live ones by name and shape; how to move them then."""
         live = {name: buffer for name, _, _, buffer in self._places()}
         for name in buffers.keys() - live.keys():
             del buffers[name]
         plan = _Plan()
         for name, now in live.items():
-            if name not in buffers or not _alike(buffers[name], now):
-                buffers[name] = now.detach().clone()
-            plan.add(buffers[name], now, self._averages and now.is_floating_point())
+            averaged = self._averages and now.is_floating_point()
+            dtype = torch.float32 if averaged and now.dtype in _HALF else now.dtype
+            held = buffers.get(name)
+            if held is None or not _fits(held, now):
+                buffers[name] = now.detach().to(dtype, copy=True)
+            elif held.dtype != dtype or held.device != now.device:  # the module was cast or moved
+                buffers[name] = held.to(now.device, dtype)
+            plan.add(buffers[name], now, averaged)
         return plan
 
-    def _buffers_after(self, decay: float) -> dict[str, Tensor]:
+    def buffers_after(self, decay: float) -> dict[str, Tensor]:
         """Copies of the buffers as ``update_buffers(decay)`` would leave them."""
+        self.follow()
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         self._follow_buffers(buffers).run(decay)
         return buffers
 
-    def _places(self) -> list[tuple[str, dict[str, Any], str, Tensor]]:
+    def _places(self) -> list[_Place]:
         """Name here, holder and key of every persistent buffer of the live module."""
         names: dict[int, str] = {}  # a buffer that several modules share goes by its first name
         return [
@@ -254,6 +261,14 @@ class WeightStore:
             if buffer is not None and key not in owner._non_persistent_buffers_set
         ]
 
+    def versions(self) -> Versions:
+        """Which parameters there are, and how often each has been written to.
+
+        Moving or casting the module changes neither, nor does `in_place`.
+        """
+        self._reshard()
+        return [(id(each), _version(each)) for each in self.module.parameters()]
+
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The trainable parameters and, in the same order, their values here."""
         self.follow()
@@ -261,7 +276,9 @@ class WeightStore:
         return [self._live[place] for place in chosen], [self._values[place] for place in chosen]
 
     @contextmanager
-    def in_place(self, evaluating: bool = False, pending: float | None = None) -> Iterator[None]:
+    def in_place(
+        self, evaluating: bool = False, buffers: dict[str, Tensor] | None = None
+    ) -> Iterator[None]:
         """Give the module these values for the time of a ``with`` block.
 
         Data pointers are exchanged, so whoever else holds the parameters (an RNN's flat weights,
@@ -270,41 +287,57 @@ class WeightStore:
         Of sharded parameters the contents are exchanged, since FSDP2 gathers from the memory that
         it knows; whole parameters that a forward has left in place are given up before and after.
 
+        Another store may have its values in the module already: the block ends with those.
+
         Args:
-            evaluating: whether the user's own code runs meanwhile: what it counts in integer and
-                boolean buffers has to stay.
-            pending: with a decay, buffers are as ``update_buffers(pending)`` would leave them; the
-                store itself does not change.
+            evaluating: whether the user's own code runs meanwhile. What it counts in integer and
+                boolean buffers, and what it writes into others, stays.
+            buffers: values in place of those of this store.
+
+        Raises:
+            AuxiliaryError: another store's values are in place of these.
         """
+        if self._kept is not None:
+            if _IN_PLACE[id(self.module)][-1] is not self:
+                raise AuxiliaryError(
+                    f"these weights are in {type(self.module).__name__} already, under others. "
+                    f"Take the others out first."
+                )
+            yield
+            return
         try:
-            self._exchange(evaluating, pending)
+            self._exchange(evaluating, buffers)
             yield
         finally:
             self.restore()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """The module with its own values again, for a time within `in_place`."""
-        if self._kept is None:
-            yield
-            return
-        again = self._again
-        self.restore()
+        """The module with its own values again, for a time within `in_place`, of any store."""
+        there = [each for each in _IN_PLACE.get(id(self.module), ()) if each._kept is not None]
+        for each in reversed(there):
+            each.restore()
         try:
             yield
         finally:
-            self._exchange(*again)
+            # Of tensors that are made in inference mode nobody can say whether they were written.
+            with torch.inference_mode(False), torch.no_grad():
+                for each in there:
+                    each._exchange(*each._again)
 
-    def _exchange(self, evaluating: bool, pending: float | None) -> None:
+    def _exchange(self, evaluating: bool, buffers: dict[str, Tensor] | None) -> None:
         self.follow()
-        self._again = evaluating, pending
-        buffers = self.buffers if pending is None else self._buffers_after(pending)
+        self._again = evaluating, buffers
+        buffers = self.buffers if buffers is None else buffers
         kept = [parameter.data for parameter in self._live]
         shards = [local(kept[place]) for place in self._sharded]
         contents = [shard.clone() for shard in shards]
         places = self._places()
         self._reshard()
-        self._kept = kept, shards, contents, places  # noted before anything changes
+        self._given = {}
+        # Noted before anything changes.
+        self._kept = self._live, kept, shards, contents, places
+        _IN_PLACE.setdefault(id(self.module), []).append(self)
         if shards:
             torch._foreach_copy_(shards, [local(self._values[place]) for place in self._sharded])
         for parameter, value in zip(self._live, self._values, strict=True):
@@ -314,8 +347,15 @@ class WeightStore:
         for name, held, key, buffer in places:
             ours = buffers.get(name)
             counts = evaluating and not buffer.is_floating_point()
-            if ours is not None and _alike(ours, buffer) and not counts:
+            if ours is None or counts or (evaluating and name in self.written):
+                continue
+            if not evaluating and _alike(ours, buffer):
                 held[key] = ours
+            elif _fits(ours, buffer):
+                if name not in self._given:  # one for all modules that share it
+                    copy = ours.to(buffer.device, buffer.dtype, copy=True)
+                    self._given[name] = copy, _version(copy)
+                held[key] = self._given[name][0]
 
     def restore(self) -> None:
         """Give the module its own values back, where it has not got them.
@@ -324,36 +364,59 @@ class WeightStore:
         """
         if self._kept is None:
             return
-        kept, shards, contents, places = self._kept
+        there = _IN_PLACE.get(id(self.module), [])
+        for later in reversed(there[there.index(self) + 1 :] if self in there else []):
+            later.restore()
+        live, kept, shards, contents, places = self._kept
         if shards:
             torch._foreach_copy_(shards, contents)
-        for parameter, data in zip(self._live, kept, strict=True):
+        for parameter, data in zip(live, kept, strict=True):
             if not is_sharded(data):
                 parameter.data = data
-        for _, held, key, buffer in places:
-            held[key] = buffer
+        evaluating, _ = self._again
+        for name, held, key, buffer in places:
+            if not evaluating or not self._keeps_what_was_written(name, held, key, buffer):
+                held[key] = buffer
         self._reshard()
         self._kept = None
+        if self in there:
+            there.remove(self)
+        if not there:
+            _IN_PLACE.pop(id(self.module), None)
+
+    def _keeps_what_was_written(
+        self, name: str, held: dict[str, Any], key: str, buffer: Tensor
+    ) -> bool:
+        """Have the buffer what the user's code has written meanwhile; whether in another tensor."""
+        now = held.get(key)
+        given, version = self._given.get(name, (buffer, None))
+        if now is buffer or (now is given and _version(given) == version):
+            return False
+        self.written.add(name)
+        if now is given and not buffer.is_inference():
+            with torch.no_grad():
+                buffer.copy_(given)
+            return False
+        return True
 
     def _reshard(self) -> None:
         """Give up gathered parameters: the next forward or backward gathers what is there then."""
         for module in self._gathering:
             module.reshard()
 
-    def state_dict(self, pending: float | None = None) -> dict[str, Tensor]:
+    def state_dict(self, buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All values by the names that the module's own ``named_parameters`` gives.
 
         Sharded values are gathered one after the other, on the CPU of every process: all processes
-        have to call this together.
+        have to call this together, and a second ``fit`` goes on from them on each.
 
         Args:
-            pending: with a decay, buffers are copies as ``update_buffers(pending)`` would leave
-                them; the store itself does not change.
+            buffers: values in place of those of this store.
         """
-        buffers = self.buffers if pending is None else self._buffers_after(pending)
         self.follow()
         values = [gathered(each).cpu() if is_sharded(each) else each for each in self._values]
-        return dict(zip(self._held, values, strict=True)) | buffers
+        held = dict(zip(self._held, values, strict=True))
+        return held | (self.buffers if buffers is None else buffers)
 
     def load_state_dict(
         self, state: dict[str, Tensor], asked_by: str, buffers: dict[str, Tensor] | None = None
@@ -370,6 +433,7 @@ class WeightStore:
             AuxiliaryError: a name is missing or a shape differs.
         """
         self.follow()
+        state = {plain_path(str(name)): value for name, value in state.items()}
         own = dict(self._held)
         if buffers is None:
             own |= self.buffers
@@ -424,6 +488,27 @@ class _Plan:
             torch._foreach_copy_(held, live)
 
 
+def mean_of_buffers(sets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of sets of buffers, by name; of those in half precision in float32.
+
+    Integer and boolean buffers, and all that not every set has in one shape, are the last one's.
+    """
+    newest = sets[-1]
+    shared = [
+        name
+        for name, each in newest.items()
+        if each.is_floating_point()
+        and all(name in other and _fits(each, other[name]) for other in sets)
+    ]
+    means = {name: each.clone() for name, each in newest.items()}
+    means |= {name: _float32(newest[name]) for name in shared}
+    _mean_(
+        [means[name] for name in shared],
+        [[each[name].to(means[name]) for name in shared] for each in sets],
+    )
+    return means
+
+
 def _mean_(means: list[Tensor], lists: list[list[Tensor]]) -> None:
     """Each of ``means`` becomes the mean of the tensors at its place in ``lists``."""
     if not means:
@@ -440,3 +525,13 @@ def _float32(value: Tensor) -> Tensor:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+
+
+def _fits(one: Tensor, other: Tensor) -> bool:
+    """Whether the values of a buffer can be put in the place of another's."""
+    floats = one.is_floating_point() and other.is_floating_point()
+    return one.shape == other.shape and (floats or one.dtype == other.dtype)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
