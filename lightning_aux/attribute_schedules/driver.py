@@ -99,6 +99,9 @@ class Driver(Attached):
             for each in group:
                 each.place.set(value * each.factor if each.factor != 1.0 else value)
 
+    def after_restart(self) -> None:
+        self._now = [None] * len(self._now)  # parameter groups have their first settings again
+
     def stop(self) -> None:
         for each in self.driven:
             each.place.give_back(each.own)

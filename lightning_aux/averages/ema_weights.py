@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +14,8 @@ from lightning_aux.engine.engine import STATE_KEY
 from lightning_aux.engine.patches import Patches
 from lightning_aux.schedule import Schedule, Time
 from lightning_aux.teachers import EMATeacher, Teacher
-from lightning_aux.weights import WeightStore
+from lightning_aux.weights import WeightStore, files
+from lightning_aux.weights.store import Versions
 
 __all__ = ["EMAWeights"]
 
@@ -29,7 +31,12 @@ class EMAWeights(Attached):
     is exact, and `export` makes a plain checkpoint of the average.
 
     ``Trainer.validate``, ``test`` and ``predict`` after ``fit``, or with a ``ckpt_path`` whose run
-    had these callbacks, use the average too.
+    had these callbacks, use the average too. Weights that you load into the module by yourself
+    afterwards are evaluated as they are, with a warning.
+
+    What your code writes into buffers during an evaluation (a counter, the best loss so far) stays
+    in the module: an integer or boolean buffer is the live one all the time, another one begins
+    with the average's value, and is the live one from the first evaluation on that wrote to it.
 
     Args:
         decay: see `EMATeacher`; of the average of its own, as the next arguments.
@@ -45,7 +52,8 @@ class EMAWeights(Attached):
 
     Raises:
         AuxiliaryError: arguments of an average of its own beside a named ``teacher``; before
-            training, no such teacher, or one that has no average (frozen, random, voted).
+            anything runs, a second `EMAWeights` in the Trainer; before training, no such teacher,
+            or one that has no average (frozen, random, voted).
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class EMAWeights(Attached):
         self.teacher = teacher
         self._source: Teacher | None = None
         self._loaded: WeightStore | None = None  # from a checkpoint, to be evaluated
+        self._belongs_to: Versions = []  # the weights that the average is one of
+        self._changed = self._warned = False  # whether the user has given the module others since
         self._patches = Patches()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,12 +111,43 @@ class EMAWeights(Attached):
                 f"average to evaluate with. EMATeacher, SWATeacher and SnapshotTeacher have one."
             )
         self._source, self._loaded = source, None
+        self._changed = self._warned = False
+        if any(getattr(each, "save_weights_only", False) for each in engine.trainer.callbacks):
+            rank_zero_warn(
+                f"lightning_aux: {self.name}: a ModelCheckpoint has save_weights_only=True, and "
+                f"its files will not have the average, only the raw weights. Leave it out to "
+                f"export or evaluate the average from them."
+            )
+
+    @staticmethod
+    def export(checkpoint: str | Path, out: str | Path, teacher: str | None = None) -> None:
+        """Write the average in a checkpoint as a plain one, see `lightning_aux.weights.export`.
+
+        Args:
+            checkpoint: of a run with `EMAWeights`, or with a teacher that has weights.
+            out: the file to write.
+            teacher: whose weights; not needed where only one teacher has any.
+
+        Raises:
+            AuxiliaryError: no file, no average, or several to choose from.
+        """
+        files.export(checkpoint, out, teacher)
 
     # ------------------------------------------------------------------------------- evaluation
     # The only member that acts outside of `fit` too, and so has hooks of its own.
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        others = [e for e in trainer.callbacks if isinstance(e, EMAWeights) and e is not self]
+        if others:
+            raise AuxiliaryError(
+                f"{self.name}: {others[0].name!r} among the Trainer's callbacks is an EMAWeights "
+                f"too, and the module can be evaluated with one average at a time. Keep one; "
+                f"other averages can be EMATeacher, SWATeacher or SnapshotTeacher."
+            )
         super().setup(trainer, pl_module, stage)
         self._patches.undo()
+        store = self._store()
+        if stage != "fit" and store is not None:  # before a strategy writes, to have all alike
+            self._changed = self._changed or store.versions() != self._belongs_to
         loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else _loop_of(trainer, stage)
         run, save_checkpoint = loop.run, trainer.save_checkpoint
 
@@ -132,6 +173,7 @@ class EMAWeights(Attached):
         if "weights" in state and state["updates"]:
             self._loaded = WeightStore(pl_module)
             self._loaded.load_state_dict(state["weights"], self.name)
+            self._changed = self._warned = False
         else:
             rank_zero_warn(
                 f"lightning_aux: {self.name}: the checkpoint has no average called "
@@ -151,6 +193,7 @@ class EMAWeights(Attached):
         if store is not None:  # Ctrl-C may have come while it was putting the weights back
             store.restore()
             store.close()
+            self._belongs_to = self._belongs_to if self._changed else store.versions()
         self._patches.undo()
 
     def _store(self) -> WeightStore | None:
@@ -161,7 +204,16 @@ class EMAWeights(Attached):
         store, source = self._store(), self._source
         if store is None or store.module is not module or (source and not source.updates):
             return nullcontext()
-        return store.in_place(evaluating=True, pending=source.pending if source else None)
+        if self._changed:
+            if not self._warned:
+                rank_zero_warn(
+                    f"lightning_aux: {self.name}: the weights of {type(module).__name__} have been "
+                    f"changed since the average was made, so they are evaluated as they are. To "
+                    f"evaluate an average, give the ckpt_path of a run with one."
+                )
+            self._warned = True
+            return nullcontext()
+        return store.in_place(evaluating=True, buffers=source.buffers_now() if source else None)
 
 
 def _loop_of(trainer: Any, stage: str) -> Any:

@@ -155,6 +155,9 @@ class Attached(Callback):
     def before_step(self, now: Progress) -> None:
         """Called before the user's ``training_step`` of every micro-batch."""
 
+    def after_restart(self) -> None:
+        """Called when a generation has begun again: weights and optimizer are as at first."""
+
     def after_optimizer_step(self, now: Progress) -> None:
         """Called after every real step of its optimizer."""
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Step
-from lightning_aux.engine.distributed import shards_parameters
+from lightning_aux.engine.clock import accumulates
+from lightning_aux.engine.distributed import same_everywhere, shards_parameters
 from lightning_aux.engine.errors import near_matches
+from lightning_aux.engine.taps import plain_path
 from lightning_aux.functional import (
     data_emphasized_divergence,
     squared_distance,
@@ -62,14 +64,16 @@ class ParameterAnchor(Objective):
     Raises:
         AuxiliaryError: an unknown form, arguments of another form, both ``to`` and ``checkpoint``;
             before training, a glob that matches no trainable parameter, ``"wasserstein"`` with
-            sharded parameters, ``"variational"`` with sharded parameters, in manual optimisation
-            or with accumulation.
+            sharded parameters, ``"variational"`` with sharded parameters, in manual optimisation,
+            with accumulation, or twice for one parameter.
 
     Note:
         ``"variational"`` logs ``sigma`` and, for each group, the variance of the prior; between
         the beginning of a step and its end the module has the noisy weights, never in evaluation
         or in a checkpoint. The noise has a random stream of its own, the same on all processes.
     """
+
+    turn = 2  # the noise comes after whatever else changes or measures the weights
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class ParameterAnchor(Objective):
         self._grouped_for: list[nn.Parameter] = []
         self._names: dict[int, str] = {}
         self._noise = _Noise()
+        self._seed = 0  # the same on every process, as is what the noise is added to
         self._noted: tuple[list[Tensor], list[int]] = [], []
 
     def companions(self) -> list[Attached]:
@@ -130,9 +135,10 @@ class ParameterAnchor(Objective):
     def check(self, engine: Engine) -> None:
         super().check(engine)
         self.learn_from(self.to, engine)
-        names = {name for name, each in engine.module.named_parameters() if each.requires_grad}
+        named = engine.module.named_parameters()
+        names = {plain_path(name) for name, each in named if each.requires_grad}
         for glob in (*self.parameters, *self.new):
-            if not any(fnmatchcase(name, glob) for name in names):
+            if not any(_matches(name, (glob,)) for name in names):
                 raise AuxiliaryError(
                     f"{self.name}: no trainable parameter is called {glob!r}. "
                     f"{near_matches(glob, sorted(names))}"
@@ -142,16 +148,35 @@ class ParameterAnchor(Objective):
                 f"{self.name}: form={self.form!r} needs whole parameters, which this strategy "
                 f"shards. Use form='l2', or ddp."
             )
-        accumulates = engine.trainer.accumulate_grad_batches != 1
-        if self.form == "variational" and (accumulates or not engine.module.automatic_optimization):
+        if self.form == "variational":
+            self._check_noise(engine, names)
+
+    def _check_noise(self, engine: Engine, names: set[str]) -> None:
+        if accumulates(engine.trainer) or not engine.module.automatic_optimization:
             raise AuxiliaryError(
                 f"{self.name}: form='variational' draws new weights for every step, which works "
-                f"with automatic optimisation and accumulate_grad_batches=1."
+                f"with automatic optimisation and accumulate_grad_batches=1, also in a "
+                f"GradientAccumulationScheduler."
             )
+        for other in engine.members.values():
+            if other is self or not isinstance(other, ParameterAnchor):
+                continue
+            both = sorted(name for name in names if self._anchors(name) and other._anchors(name))
+            if other.form == "variational" and both:
+                raise AuxiliaryError(
+                    f"{self.name}: {other.name} adds its noise to {', '.join(map(repr, both[:3]))}"
+                    f"{' and more' if both[3:] else ''} too. Let parameters= and new= of the two "
+                    f"name different parameters, or use form='l2' for one."
+                )
+
+    def _anchors(self, name: str) -> bool:
+        return _matches(name, (*self.parameters, *self.new))
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         super().start(engine, state)
-        self._names = {id(each): name for name, each in engine.module.named_parameters()}
+        self._names = _names_in(engine.module)
+        if self.form == "variational":
+            self._seed = same_everywhere(torch.initial_seed(), engine.trainer.strategy.root_device)
 
     # ------------------------------------------------------------------------------- the term
     def loss(self, step: Step) -> Tensor:
@@ -204,7 +229,7 @@ class ParameterAnchor(Objective):
             # Within a step FSDP2 may show whole parameters in place of those that it keeps.
             named = self._names
             if any(id(each) not in named for each in live):
-                named |= {id(each): name for name, each in module.named_parameters()}
+                named |= _names_in(module)
             new = [i for i, p in enumerate(live) if _matches(named[id(p)], self.new)]
             kept = {i for i, p in enumerate(live) if _matches(named[id(p)], self.parameters)}
             self._groups = [sorted(kept - {*new}), new]
@@ -219,7 +244,7 @@ class ParameterAnchor(Objective):
         live, _ = self.engine.teacher(self.to, self.name).pairs()
         anchored, new = self._split(self.engine.module, live)
         chosen = sorted([*anchored, *new])
-        seed = torch.initial_seed() + crc32(f"{self.name} {now.steps}".encode())
+        seed = self._seed + crc32(f"{self.name} {now.steps}".encode())
         self._noise.add({i: live[i] for i in chosen}, self.head().detach(), seed % 2**63)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -356,5 +381,9 @@ def _is(one: Any, other: Any) -> bool:
     return one is other
 
 
+def _names_in(module: nn.Module) -> dict[int, str]:
+    return {id(each): plain_path(name) for name, each in module.named_parameters()}
+
+
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(fnmatchcase(name, plain_path(glob)) for glob in globs)

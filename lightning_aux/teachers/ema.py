@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_aux.engine import AuxiliaryError, Engine, Progress
+from lightning_aux.engine.clock import accumulates
 from lightning_aux.functional import ema_decay, power_decay, power_exponent
 from lightning_aux.schedule import Duration, Schedule, Time
 from lightning_aux.teachers.moving import MovingTeacher
@@ -52,7 +53,8 @@ class EMATeacher(MovingTeacher):
             are averaged in and then undone: the teacher knows where the student is going (Du et
             al. 2022, "Learning from Future: A Novel Self-Training Framework for Semantic
             Segmentation", arXiv:2209.06993, FST-D). Costs K more steps for each step. Unlike the
-            authors' code, optimizer state, buffers and random numbers are restored too.
+            authors' code, optimizer state, buffers and random numbers (torch's, Python's, NumPy's)
+            are restored too.
 
     Raises:
         AuxiliaryError: ``decay`` outside [0, 1], two of ``decay``, ``half_life`` and ``length``,
@@ -76,7 +78,7 @@ class EMATeacher(MovingTeacher):
         start: Time = 0,
         buffers: Literal["copy", "average"] = "copy",
         optimizer: int | None = None,
-        half_life: Time | None = None,
+        half_life: int | str | Duration | None = None,
         length: float | None = None,
         lookahead: int = 0,
     ) -> None:
@@ -110,7 +112,8 @@ class EMATeacher(MovingTeacher):
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         self._decay_at = self._bound_decay(engine)
-        self._began = int((state or {}).get("began", 0))
+        here = engine.progress(self.optimizer).steps
+        self._began = int((state or {}).get("began", here))
         super().start(engine, state)
 
     def _bound_decay(self, engine: Engine) -> Callable[[int], float]:
@@ -130,11 +133,13 @@ class EMATeacher(MovingTeacher):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        accumulates = engine.trainer.accumulate_grad_batches != 1
-        if self.lookahead and (accumulates or not engine.module.automatic_optimization):
+        if self.lookahead and (
+            accumulates(engine.trainer) or not engine.module.automatic_optimization
+        ):
             raise AuxiliaryError(
                 f"{self.name}: lookahead={self.lookahead} repeats whole steps, which works with "
-                f"automatic optimisation and accumulate_grad_batches=1."
+                f"automatic optimisation and accumulate_grad_batches=1, also in a "
+                f"GradientAccumulationScheduler."
             )
 
     def after_virtual_step(self, now: Progress) -> None:

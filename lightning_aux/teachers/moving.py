@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning_aux.engine import AuxiliaryError, Engine, Progress
-from lightning_aux.schedule import Interval, ScheduleError, Time
+from lightning_aux.schedule import Border, Interval, ScheduleError, Time
 from lightning_aux.teachers.teacher import Teacher
 
 __all__ = ["MovingTeacher"]
@@ -49,11 +49,16 @@ class MovingTeacher(Teacher):
     @property
     def from_the_start(self) -> bool:
         """Whether the weights that training begins with are the first ones here."""
-        return self.interval.start.amount == 0
+        start = self.interval.start
+        if isinstance(start, Border):  # where it is, is known once training starts
+            horizon = None if self._engine is None else self._engine.horizon
+            return horizon is not None and horizon.steps(start) == 0
+        return start.amount == 0
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         self._due = engine.bind(self.interval, self.name)
-        self.moved_at = int((state or {}).get("moved_at", 0))
+        here = engine.progress(self.optimizer).steps  # where one begins that has no state
+        self.moved_at = int((state or {}).get("moved_at", here))
         super().start(engine, state)
 
     def after_optimizer_step(self, now: Progress) -> None:

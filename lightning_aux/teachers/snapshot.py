@@ -14,7 +14,9 @@ from lightning_aux.functional import majority_vote, mean_vote
 from lightning_aux.schedule import Schedule, Time
 from lightning_aux.teachers.moving import MovingTeacher
 from lightning_aux.teachers.restart import Restart
+from lightning_aux.teachers.teacher import Teacher
 from lightning_aux.weights import WeightStore
+from lightning_aux.weights.store import mean_of_buffers
 
 __all__ = ["SnapshotTeacher", "VotedTeacher"]
 
@@ -52,7 +54,7 @@ class _Snapshots(MovingTeacher):
         self.updates += 1
         self.defer_buffers(0.0)
 
-    def before_step(self, now: Progress) -> None:
+    def take_buffers(self) -> None:
         for each in self.ring:
             each.follow()
         if self.pending is not None:
@@ -91,7 +93,11 @@ class _Snapshots(MovingTeacher):
         state = super().state()
         state["snapshots"] = [
             {
-                "weights": each.state_dict(self.pending if each is newest else None),
+                "weights": each.state_dict(
+                    each.buffers_after(self.pending)
+                    if each is newest and self.pending is not None
+                    else None
+                ),
                 "buffers": each.buffers,
             }
             for each in self.ring
@@ -133,6 +139,8 @@ class SnapshotTeacher(_Snapshots):
         AuxiliaryError: a ``window`` below 1, ``window`` or ``start`` beside ``restart``; and see
             `EMATeacher`.
     """
+
+    turn = -2  # a restart comes before whatever is set for the step
 
     def __init__(
         self,
@@ -188,10 +196,23 @@ class SnapshotTeacher(_Snapshots):
             self.store = self.new_store(self.engine.module)
         self.store.mean_of(self.ring)
 
+    def buffers_now(self) -> dict[str, Tensor] | None:
+        if self.pending is None or len(self.ring) < 2:
+            return super().buffers_now()
+        *older, newest = self.ring
+        return mean_of_buffers(
+            [*(each.buffers for each in older), newest.buffers_after(self.pending)]
+        )
+
     def before_step(self, now: Progress) -> None:
         super().before_step(now)
-        if self._restart is not None:
+        if self._restart is not None and self._restart.due:
+            for each in self.engine.members.values():  # the buffers of what was trained
+                if isinstance(each, Teacher):
+                    each.take_buffers()
             self._restart.before_step()
+            for member in self.engine.members.values():
+                member.after_restart()
 
     def stop(self) -> None:
         super().stop()

@@ -24,8 +24,9 @@ class SWATeacher(MovingTeacher):
             steps). Until then the teacher is the student as it is now. At 0 the first are those
             after ``every``: the weights that training begins with are not averaged.
         every: from one to the next.
-        buffers: ``"copy"`` or ``"average"``, see `EMATeacher`. Running statistics of BatchNorm
-            belong to neither: recompute them before the average is used, as `EMAWeights` can.
+        buffers: ``"copy"`` or ``"average"``, see `EMATeacher`. Either way running statistics of
+            BatchNorm are not those of the mean weights: ``lightning-aux export`` recomputes them
+            (``--recompute-batch-norm``), `EMAWeights` evaluates with what is here.
         optimizer: see `EMATeacher`.
 
     Raises:

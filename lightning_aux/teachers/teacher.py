@@ -20,7 +20,8 @@ class Teacher(Attached):
     Its forward runs at most once per step, in evaluation mode and without gradient, through the
     user's own module with the weights exchanged (a `VotedTeacher` has several sets). Every process
     holds the same teacher without communication, because every process updates it from the same
-    weights.
+    weights; only buffers of a model sharded by FSDP2, which keeps them different on each process,
+    are sent by the first process to the others at every update, in one message for each dtype.
 
     Attributes:
         updates: how often the weights have moved.
@@ -119,6 +120,7 @@ class Teacher(Attached):
             return
         self.store = self.store or self.new_store(engine.module)
         self.store.load_state_dict(state["weights"], self.name, state.get("buffers"))
+        self.store.written.update(state.get("written", ()))
         self.pending = state.get("pending")
 
     def _drop(self) -> None:
@@ -144,7 +146,17 @@ class Teacher(Attached):
         """
         self.pending = decay if self.pending is None else decay * self.pending
 
+    def buffers_now(self) -> dict[str, Tensor] | None:
+        """The buffers with the update that is still to come; ``None``: those of the store."""
+        if self.store is None or self.pending is None:
+            return None
+        return self.store.buffers_after(self.pending)
+
     def before_step(self, now: Progress) -> None:
+        self.take_buffers()
+
+    def take_buffers(self) -> None:
+        """Take what is new in the live module, and the buffers if they are still to come."""
         if self.store is None:
             return
         self.store.follow()  # what has appeared starts here as it is now
@@ -174,8 +186,9 @@ class Teacher(Attached):
             # The weights are whole, for whoever reads the file. A resumed run starts from the
             # buffers before their pending update: like a run that was never interrupted, it then
             # takes the live buffers of the next step.
-            state["weights"] = self.store.state_dict(self.pending)
+            state["weights"] = self.store.state_dict(self.buffers_now())
             state["ties"] = self.store.ties
             state["buffers"] = self.store.buffers
+            state["written"] = sorted(self.store.written)
             state["pending"] = self.pending if self.store.buffers else None
         return state

@@ -507,7 +507,7 @@ WRONG: list[tuple[str, str]] = [
     ("model", r"Never has no attribute ''"),
     ("model.word", r"model\.word is a str, and a schedule takes the place of a number"),
     ("model.groups", r"model\.groups is a bool"),
-    ("model.encoder", r"model\.encoder is a Sequential"),
+    ("model.encoder", r"model\.encoder is a Layers"),
     ("model.weightless", r"model\.weightless is a tensor of shape"),
     ("model.encoder.0.weight", r"model\.encoder\.0\.weight is a tensor of shape \(8, 4\)"),
     ("model.fixed", r"model\.fixed cannot be set"),
@@ -613,3 +613,19 @@ def test_a_time_that_this_training_has_not_is_refused_and_the_numbers_are_the_us
     with pytest.raises(AuxiliaryError, match=r"attribute_schedule: .*max_steps/max_epochs"):
         fit(plain_trainer, model, {"model.temperature": "linear(0, 1)"}, max_epochs=-1)
     assert model.temperature == 3
+
+
+def test_a_generation_that_begins_again_goes_on_with_the_number_of_now(plain_trainer):
+    """The optimizer gets its first settings back, and the schedule counts on."""
+    rates: list[float] = []
+
+    class Noting(Classifier):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    added = [
+        aux.SnapshotTeacher("zz", every=2, restart=True),
+        aux.AttributeSchedule({"optimizer.lr": "step(0.3, 0.2, at=3)"}),
+    ]
+    plain_trainer(callbacks=added).fit(Noting(), rows())
+    assert rates == [0.3] * 3 + [0.2] * 3
