@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     def read(place: str, job: str, rank: int = 0) -> dict[str, Any]:
         if place not in folders:
+            _note_start(tmp_path_factory.getbasetemp(), place)
             folders[place] = tmp_path_factory.mktemp("places") / place
             folders[place].mkdir()
             try:
@@ -43,3 +45,20 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     read.folder = folders.__getitem__  # type: ignore[attr-defined]
     return read
+
+
+def _note_start(folder: Path, place: str) -> None:
+    """Fail if another worker of pytest-xdist has the tests of this place too.
+
+    Groups keep them together with ``--dist loadgroup``; pytest 9.2 ignores the groups of
+    pytest-xdist 3.8, and each worker starts every place.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    try:
+        (folder.parent / f"{place} has started").touch(exist_ok=False)
+    except FileExistsError:
+        pytest.fail(
+            f"two workers have tests of {place!r}: run pytest with --dist loadgroup, and the "
+            f"pinned pytest"
+        )
