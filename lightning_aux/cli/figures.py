@@ -50,7 +50,7 @@ DARK = Theme(
 # Inches. A screen shows the letters of a narrow picture, which is for telephones, at full size.
 WIDE = 8.6
 NARROW = 4.7
-_DASHES = ("-", "--", ":")
+DASHES = ("-", "--", ":")
 
 
 def draw_curves(
@@ -72,7 +72,7 @@ def draw_curves(
     lines = {name: line for name, line in lines.items() if line.size}
     if metric is None or not lines:
         return None
-    figure, axes = _canvas(width, 4.8 if width >= WIDE else 3.9, theme)
+    figure, axes = canvas(width, 4.8 if width >= WIDE else 3.9, theme)
     ends = []
     for name, line in lines.items():
         colour, dash = _style(comparison, name, theme)
@@ -107,7 +107,7 @@ def draw_differences(
     rows = [row for row in summaries if row.paired is not None]
     if not rows:
         return None
-    figure, axes = _canvas(width, 1.5 + 0.62 * len(rows), theme)
+    figure, axes = canvas(width, 1.5 + 0.62 * len(rows), theme)
     axes.axvline(0, color=theme.reference, linewidth=1.4, zorder=1)
     for height, row in enumerate(reversed(rows)):
         colour, _ = _style(comparison, row.name, theme)
@@ -205,7 +205,7 @@ def _style(comparison: Comparison, name: str, theme: Theme) -> tuple[str, str]:
         return theme.reference, "-"
     index = [other for other in comparison.variants if other != comparison.reference].index(name)
     rounds, place = divmod(index, len(theme.series))
-    return theme.series[place], _DASHES[rounds % len(_DASHES)]
+    return theme.series[place], DASHES[rounds % len(DASHES)]
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -256,7 +256,8 @@ def _title(axes: Axes, text: str, theme: Theme, side: Literal["left", "right"] =
     axes.set_title(text, loc=side, color=theme.text, fontsize=11, pad=12)
 
 
-def _canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    """An empty picture in the colours of a theme; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.background)
     axes = figure.add_subplot(facecolor=theme.background)
     for side in ("top", "right"):

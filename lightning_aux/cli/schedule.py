@@ -411,18 +411,18 @@ def _table(values: Sequence[float], horizon: Horizon, found: Mapping[int, str]) 
 
 def _picture(curves: Sequence[Curve], horizon: Horizon) -> bytes:
     """All schedules over one axis, with the borders of the phases."""
-    from lightning_aux.cli.figures import _DASHES, LIGHT, WIDE, _canvas, png
+    from lightning_aux.cli.figures import DASHES, LIGHT, WIDE, canvas, png
 
     total, (unit, unit_name) = len(curves[0].values), _unit(horizon)
     names = [textwrap.fill(curve.name, 90) for curve in curves]
-    figure, axes = _canvas(WIDE, 4.2 + 0.22 * "\n".join([*names, ""]).count("\n"), LIGHT)
+    figure, axes = canvas(WIDE, 4.2 + 0.22 * "\n".join([*names, ""]).count("\n"), LIGHT)
     for index, curve in enumerate(curves):
         rounds, place = divmod(index, len(LIGHT.series))
         steps = _shown(curve.values)
         axes.plot(
             [step / unit for step in (*steps, total)],
             [curve.values[step] for step in (*steps, steps[-1])],
-            _DASHES[rounds % len(_DASHES)],
+            DASHES[rounds % len(DASHES)],
             color=LIGHT.series[place],
             linewidth=2.2,
             drawstyle="steps-post",
