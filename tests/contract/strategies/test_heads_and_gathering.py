@@ -52,7 +52,7 @@ def test_f39_two_backwards_of_one_step_train_as_in_one_process(
     assert furthest(first, one) < TOLERANCE
     if case != WITHOUT:
         without = ended(place, f"two backwards {WITHOUT}")
-        assert furthest(first["weights"], without["weights"]) > 100 * TOLERANCE
+        assert furthest(first["weights"], without["weights"]) > 10 * TOLERANCE
 
 
 @in_ddp
