@@ -205,7 +205,9 @@ class GradientDirection(Attached):
     def _batch(self, number: int, seed: int) -> Any:
         trainer = self.engine.trainer
         loader = trainer.train_dataloader
-        with isolate_rng(include_cuda=False):  # augmentations, the same in every measurement
+        with isolate_rng(
+            include_cuda=torch.cuda.is_available()
+        ):  # augmentations, the same in every measurement
             torch.manual_seed(seed)
             random.seed(seed)
             numpy.random.seed(seed % 2**32)

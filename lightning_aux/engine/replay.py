@@ -108,11 +108,10 @@ class Unobserved:
             seed: of the random numbers.
             remembering: modules that do not run, and what is called in place of their ``forward``.
         """
-        resting = {id(each) for module in remembering for each in module.modules()}
         buffers = [
             (holder._buffers, key, buffer)
             for holder in self._module.modules()
-            if holder._buffers and id(holder) not in resting
+            if holder._buffers
             for key, buffer in holder._buffers.items()
             if buffer is not None
         ]

@@ -289,3 +289,22 @@ def test_a_layer_that_is_not_called_is_an_error_that_says_so():
 def test_no_mask_at_all_is_refused():
     with pytest.raises(aux.AuxiliaryError, match="samples=0; there is at least one mask"):
         aux.MultiSampleDropout("masked", 0)
+
+
+def test_a_trunk_that_runs_twice_has_the_statistics_of_one_step():
+    """Its second call comes after the layer, and is repeated."""
+
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.BatchNorm1d(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.masked(self.trunk(x)))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self(x), y) + F.cross_entropy(self(-x), y)
+
+    model = one_step(seeded(Twice), [aux.MultiSampleDropout("masked", 4)])
+    assert int(model.trunk[1].num_batches_tracked) == 2

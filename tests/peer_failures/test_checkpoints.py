@@ -13,12 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_aux import (
+    AttributeSchedule,
     AuxiliaryError,
     DropoutSchedule,
     EMAAnchor,
     EMATeacher,
     FrozenTeacher,
     SelfDistillation,
+    StochasticDepthSchedule,
 )
 from lightning_aux.registry import ENTRIES
 from tests.contract.models import Classifier, EpochShuffle
@@ -47,6 +49,10 @@ def attached(case: str, weight: float = 0.5) -> list[Any]:
         return [Probe(weight)]
     if case == "dropout_schedule":
         return [DropoutSchedule(p=0.3, until=12, shape="linear")]
+    if case == "stochastic_depth_schedule":
+        return [StochasticDepthSchedule(1.0, "encoder.1", mode="early", until=7)]
+    if case == "attribute_schedule":
+        return [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05, until=12)"})]
     return list(callbacks(case, weight))
 
 

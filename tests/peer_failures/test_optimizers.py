@@ -12,7 +12,15 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from lightning_aux import DropoutSchedule, EMAAnchor, EMAWeights, Step
+from lightning_aux import (
+    AttributeSchedule,
+    DropoutSchedule,
+    EMAAnchor,
+    EMAWeights,
+    MultiSampleDropout,
+    Step,
+    StochasticDepthSchedule,
+)
 from lightning_aux.registry import ENTRIES
 from tests.contract.models import Classifier, EpochShuffle
 from tests.contract.probe import Probe
@@ -29,9 +37,10 @@ from tests.contract.training import (
 STEPS = 5  # per epoch
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning.pytorch")
 every_case = pytest.mark.parametrize("case", [*ENTRIES, "head"])
-# All but the one that is asked to begin the schedule of the rate again.
+# All but those that are asked to set the rate themselves, or to begin its schedule again.
+OF_THE_RATE = ("generations", "attribute_schedule")
 every_case_of_one_training = pytest.mark.parametrize(
-    "case", [*(name for name in ENTRIES if name != "generations"), "head"]
+    "case", [*(name for name in ENTRIES if name not in OF_THE_RATE), "head"]
 )
 
 
@@ -41,6 +50,10 @@ def attached(case: str) -> list[Any]:
         return [Probe(0.5)]
     if case == "dropout_schedule":
         return [DropoutSchedule(p=0.3, until=12, shape="linear")]
+    if case == "stochastic_depth_schedule":
+        return [StochasticDepthSchedule(1.0, "encoder.1", mode="early", until=7)]
+    if case == "attribute_schedule":
+        return [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05, until=12)"})]
     return list(callbacks(case, 0.5))
 
 
@@ -267,6 +280,8 @@ def test_f56_schedulers_and_the_curve_of_the_rate_are_those_without_us(
                 "head": lambda: [Probe(0.0)],
                 # at the model's own rate, so that the monitored loss is the same
                 "dropout_schedule": lambda: [DropoutSchedule(p=0.2, mode="standard")],
+                "multi_sample_dropout": lambda: [MultiSampleDropout("encoder", weight=0.0)],
+                "stochastic_depth_schedule": lambda: [StochasticDepthSchedule(0.0, "encoder.1")],
                 "ema_weights": lambda: [EMAWeights(decay=0.0)],
             }.get(case, lambda: list(callbacks(case, 0.0)))()
         watching = Rates()
