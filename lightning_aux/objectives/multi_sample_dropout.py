@@ -29,6 +29,11 @@ class MultiSampleDropout(Objective):
     Masks are drawn from random numbers of our own; with ``samples=1`` training is bit-identical
     to training without.
 
+    Note:
+        A ``training_step`` that draws random numbers before the layer (mixup, a permutation) draws
+        others in each repetition, while remembered features are of the first: draw them in the
+        dataloader, or give ``loss``.
+
     Args:
         dropout: module path of the dropout layer. What follows it, in whatever code, is repeated;
             so is what the step computes before it outside of modules.
