@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
 
@@ -12,7 +12,25 @@ from lightning_aux.engine import Attached, AuxiliaryError, Engine, Locations, St
 from lightning_aux.schedule import Schedule
 from lightning_aux.taps import Taps
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "ObjectiveOptions"]
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """What every objective can be told besides its own arguments, as ``**common``.
+
+    Args:
+        name: unique name for logs (``aux/<name>``) and checkpoints.
+        taps: where logits, target, features and input are, for this objective alone.
+        nonfinite: what a NaN or infinite term does: ``"raise"``, or ``"skip"`` the step's term.
+        optimizer: with several optimizers, the index of the one that the term belongs to.
+        backward: which call of ``manual_backward`` the term joins in manual optimisation.
+    """
+
+    name: str | None
+    taps: Taps | None
+    nonfinite: Literal["raise", "skip"]
+    optimizer: int
+    backward: int | None
 
 
 class Objective(Attached):
@@ -50,6 +68,8 @@ class Objective(Attached):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """What has to be prepared before training: ``"index"`` for ``step.index``."""
+
+    handed_on = ("weight", *ObjectiveOptions.__annotations__)
 
     observes: ClassVar[bool] = False
     """Whether `loss` is called also while the weight is 0, because it keeps a memory."""

@@ -17,7 +17,7 @@ from lightning_aux.attribute_schedules.stochastic_depth import StochasticDepthSc
 from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.diagnostics.gradient_direction import GradientDirection
 from lightning_aux.engine import Attached
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
 from lightning_aux.objectives.multi_sample_dropout import MultiSampleDropout
@@ -48,6 +48,7 @@ __all__ = [
     "ModelSoup",
     "MultiSampleDropout",
     "Objective",
+    "ObjectiveOptions",
     "ParameterAnchor",
     "Phases",
     "RandomTeacher",

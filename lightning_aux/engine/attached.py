@@ -38,19 +38,46 @@ class Attached(Callback):
     turn: ClassVar[int] = 0
     """Whose `before_step` comes first: lower numbers, and names among equals."""
 
+    handed_on: ClassVar[tuple[str, ...]] = ()
+    """Init arguments that a subclass may take as ``**keywords`` and hand on to this class."""
+
     _arguments: dict[str, Any]
     _engine: Engine | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Attached:
         self: Attached = super().__new__(cls)
+        self._arguments = {}
         try:
-            bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+            given = inspect.signature(cls).bind_partial(*args, **kwargs).arguments
         except TypeError:  # __init__ is about to say the same with its own traceback
-            self._arguments = {}
             return self
-        bound.apply_defaults()
-        self._arguments = dict(bound.arguments)
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        for name, parameter in cls.init_parameters().items():
+            value = given.get(name, parameter.default)
+            if value is not parameter.empty:
+                self._arguments[name] = value
         return self
+
+    @classmethod
+    def init_parameters(cls) -> dict[str, inspect.Parameter]:
+        """Every init argument by its name, those that ``**keywords`` hand on included."""
+        found: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if "__init__" not in base.__dict__:
+                continue
+            _, *own = inspect.signature(base.__dict__["__init__"]).parameters.values()
+            named = [
+                each for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+            ]
+            hands_on = bool(found)
+            for each in named:
+                if not hands_on or each.name in cls.handed_on:
+                    found.setdefault(each.name, each)
+            if all(each.kind is not each.VAR_KEYWORD for each in own):
+                break
+        return found
 
     def __init__(self, name: str) -> None:
         if not name or "/" in name:

@@ -136,7 +136,7 @@ class Engine:
         if known is member:
             return
         if known is not None:
-            able = "name" in signature(type(member)).parameters
+            able = "name" in member.init_parameters()
             raise AuxiliaryError(
                 f"two callbacks are called {member.name!r}: a {type(known).__name__} and a "
                 f"{type(member).__name__}. "

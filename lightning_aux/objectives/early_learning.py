@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_aux.engine import AuxiliaryError, Engine, Step
 from lightning_aux.functional import early_learning_regularization, early_learning_target
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.memory import SampleMemory
 from lightning_aux.schedule import Schedule
-from lightning_aux.taps import Taps
 
 __all__ = ["EarlyLearningRegularization"]
 
@@ -31,11 +31,7 @@ class EarlyLearningRegularization(Objective):
     Args:
         weight: λ; 3 in the paper for CIFAR-10 with symmetric noise.
         momentum: β in [0, 1).
-        name: unique name for logs and checkpoints.
-        taps: where the logits are.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
-        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
+        common: name, taps and the like, see `ObjectiveOptions`.
 
     Raises:
         AuxiliaryError: ``momentum`` outside [0, 1); before the first step, a dataloader without
@@ -49,15 +45,9 @@ class EarlyLearningRegularization(Objective):
         self,
         weight: float | str | Schedule = 3.0,
         momentum: float = 0.7,
-        name: str | None = None,
-        taps: Taps | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        optimizer: int = 0,
-        backward: int | None = None,
+        **common: Unpack[ObjectiveOptions],
     ) -> None:
-        super().__init__(
-            weight, name, taps=taps, nonfinite=nonfinite, optimizer=optimizer, backward=backward
-        )
+        super().__init__(weight, **common)
         if not 0.0 <= momentum < 1.0:
             raise AuxiliaryError(f"{self.name}: momentum={momentum} must lie in [0, 1).")
         self.momentum = momentum

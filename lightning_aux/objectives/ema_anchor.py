@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_aux.engine import Attached, AuxiliaryError, Step
 from lightning_aux.functional import output_anchor, squared_distance
 from lightning_aux.mixin import AuxiliaryMixin
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
-from lightning_aux.taps import Taps
 from lightning_aux.teachers import EMATeacher
 
 __all__ = ["EMAAnchor", "EMAAnchorMixin"]
@@ -44,11 +44,7 @@ class EMAAnchor(Objective):
         start: optimizer steps before the anchor's own average begins. Until then the anchor is
             the model itself.
         buffers: ``"copy"`` or ``"average"``, of the anchor's own average.
-        name: unique name for logs and checkpoints.
-        taps: where the logits are.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
-        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
+        common: name, taps and the like, see `ObjectiveOptions`.
 
     Raises:
         AuxiliaryError: unknown ``space``; ``entropy``, ``temperature`` or ``dim`` in weight space;
@@ -69,15 +65,9 @@ class EMAAnchor(Objective):
         every: int = 1,
         start: int = 0,
         buffers: Literal["copy", "average"] = "copy",
-        name: str | None = None,
-        taps: Taps | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        optimizer: int = 0,
-        backward: int | None = None,
+        **common: Unpack[ObjectiveOptions],
     ) -> None:
-        super().__init__(
-            weight, name, taps=taps, nonfinite=nonfinite, optimizer=optimizer, backward=backward
-        )
+        super().__init__(weight, **common)
         if space not in ("output", "weight"):
             raise AuxiliaryError(
                 f"{self.name}: space={space!r} is unknown. Choose 'output' or 'weight'."

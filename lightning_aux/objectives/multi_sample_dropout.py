@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_aux.engine import AuxiliaryError, Engine, Step
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
-from lightning_aux.taps import Taps
 
 __all__ = ["MultiSampleDropout"]
 
@@ -42,11 +41,7 @@ class MultiSampleDropout(Objective):
             optimisation. Then the mean is of this loss, and what else is in the user's loss
             stays as it is.
         weight: see `Objective`; 1 is the paper's.
-        name: see `Objective`.
-        taps: see `Objective`.
-        nonfinite: see `Objective`.
-        optimizer: see `Objective`.
-        backward: see `Objective`.
+        common: name, taps and the like, see `ObjectiveOptions`.
 
     Raises:
         AuxiliaryError: fewer samples than one; before training, for a path that names no module,
@@ -60,15 +55,9 @@ class MultiSampleDropout(Objective):
         samples: int = 8,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         weight: float | str | Schedule = 1.0,
-        name: str | None = None,
-        taps: Taps | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        optimizer: int = 0,
-        backward: int | None = None,
+        **common: Unpack[ObjectiveOptions],
     ) -> None:
-        super().__init__(
-            weight, name, taps=taps, nonfinite=nonfinite, optimizer=optimizer, backward=backward
-        )
+        super().__init__(weight, **common)
         if samples < 1:
             raise AuxiliaryError(f"{self.name}: samples={samples}; there is at least one mask.")
         self.dropout = dropout

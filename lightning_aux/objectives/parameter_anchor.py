@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Step
 from lightning_aux.engine.clock import accumulates
@@ -22,7 +23,7 @@ from lightning_aux.functional import (
     squared_distance,
     wasserstein_distance,
 )
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
 from lightning_aux.teachers import FrozenTeacher
 
@@ -56,10 +57,7 @@ class ParameterAnchor(Objective):
         new_weight: ν, of the latter relative to the former; ``"l2"`` only.
         sigma: the σ that ``"variational"`` begins with.
         checkpoint: path of a checkpoint whose weights are φ, in place of ``to``.
-        name: unique name for logs and checkpoints.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
-        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
+        common: name, taps and the like, see `ObjectiveOptions`.
 
     Raises:
         AuxiliaryError: an unknown form, arguments of another form, both ``to`` and ``checkpoint``;
@@ -85,14 +83,11 @@ class ParameterAnchor(Objective):
         new_weight: float = 1.0,
         sigma: float = 1e-4,
         checkpoint: str | Path | None = None,
-        name: str | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        optimizer: int = 0,
-        backward: int | None = None,
+        **common: Unpack[ObjectiveOptions],
     ) -> None:
         if weight is None:
             weight = 1.0 if form == "variational" else 0.01
-        super().__init__(weight, name, nonfinite=nonfinite, optimizer=optimizer, backward=backward)
+        super().__init__(weight, **common)
         if form not in ("l2", "wasserstein", "variational"):
             raise AuxiliaryError(
                 f"{self.name}: form={form!r} is unknown. Choose 'l2', 'wasserstein' or "

@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Pass, Step, Tap
 from lightning_aux.engine.taps import describe
 from lightning_aux.functional import DIVERGENCES, FEATURE_DISTANCES
 from lightning_aux.functional.divergences import shape_of_examples
 from lightning_aux.mixin import AuxiliaryMixin
-from lightning_aux.objective import Objective
+from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
-from lightning_aux.taps import Taps
 from lightning_aux.teachers import EMATeacher
 
 __all__ = ["SelfDistillation", "SelfDistillationMixin"]
@@ -45,11 +45,7 @@ class SelfDistillation(Objective):
             the shape of the logits without their class dimension.
         dim: class dimension of the logits: -1 for ``(batch, classes)`` and ``(batch, length,
             classes)``, 1 for dense predictions ``(batch, classes, height, width)``.
-        name: unique name for logs and checkpoints.
-        taps: where logits and target are.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        optimizer: with several optimizers, the one that the term belongs to, see `Objective`.
-        backward: which ``manual_backward`` the term joins in manual optimisation, see `Objective`.
+        common: name, taps and the like, see `ObjectiveOptions`.
 
     Raises:
         AuxiliaryError: a divergence that does not fit ``on``, a non-positive temperature, a
@@ -66,23 +62,11 @@ class SelfDistillation(Objective):
         weight: float | str | Schedule = 1.0,
         only_correct: bool = False,
         dim: int = -1,
-        name: str | None = None,
-        taps: Taps | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
-        optimizer: int = 0,
-        backward: int | None = None,
+        **common: Unpack[ObjectiveOptions],
     ) -> None:
         on_logits = on == "logits"
         reads = (on,) if isinstance(on, str) and not on_logits else ()
-        super().__init__(
-            weight,
-            name,
-            taps=taps,
-            reads=reads,
-            nonfinite=nonfinite,
-            optimizer=optimizer,
-            backward=backward,
-        )
+        super().__init__(weight, reads=reads, **common)
         fitting = DIVERGENCES if on_logits else FEATURE_DISTANCES
         if divergence not in fitting:
             raise AuxiliaryError(

@@ -19,6 +19,7 @@ from lightning_aux import Objective, Schedule, Taps
 from lightning_aux.cli import main
 from lightning_aux.cli.trainer_cli import AuxCLI
 from lightning_aux.engine import Attached
+from lightning_aux.objective import ObjectiveOptions
 
 CLASSES = {
     name: value
@@ -28,9 +29,7 @@ CLASSES = {
     and value is not Objective
 }
 ARGUMENTS = [
-    (name, argument)
-    for name, cls in CLASSES.items()
-    for argument in inspect.signature(cls).parameters
+    (name, argument) for name, cls in CLASSES.items() for argument in cls.init_parameters()
 ]
 every_class = pytest.mark.parametrize("cls", CLASSES)
 every_argument = pytest.mark.parametrize(("cls", "argument"), ARGUMENTS)
@@ -85,8 +84,8 @@ def config_of(cls: str, argument: str | None = None) -> dict[str, Any]:
 
 def another_value(cls: str, argument: str) -> Any:
     """A value of the annotated type that is not the default."""
-    hint = typing.get_type_hints(CLASSES[cls].__init__)[argument]
-    default = inspect.signature(CLASSES[cls]).parameters[argument].default
+    hints = typing.get_type_hints(ObjectiveOptions) | typing.get_type_hints(CLASSES[cls].__init__)
+    hint, default = hints[argument], CLASSES[cls].init_parameters()[argument].default
     options = list(typing.get_args(hint)) if is_union(hint) else [hint]
     if Schedule in options:
         return "linear(0, 1, until=30%)"
@@ -158,7 +157,7 @@ def test_every_argument_is_reachable_from_yaml(
     assert type(callback) is CLASSES[cls]
     given = config_of(cls, argument)["init_args"][argument]
     found = callback.hyperparameters[argument]
-    assert found != inspect.signature(CLASSES[cls]).parameters[argument].default
+    assert found != CLASSES[cls].init_parameters()[argument].default
     if isinstance(given, dict) and "class_path" in given:
         given = repr(CLASSES[given["class_path"]](**given["init_args"]))
     assert found == given or (isinstance(given, str) and given.endswith(f".{found}"))

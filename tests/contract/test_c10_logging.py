@@ -10,7 +10,7 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_aux import DropoutSchedule, EMAAnchor, EMATeacher, SelfDistillation
+from lightning_aux import DropoutSchedule, EMAAnchor, EMATeacher, Objective, SelfDistillation
 from lightning_aux.engine import Attached
 from lightning_aux.registry import ENTRIES
 from tests.contract.models import Classifier
@@ -146,4 +146,22 @@ def test_hyperparameters_are_every_init_argument_with_its_value() -> None:
         "half_life": None,
         "length": None,
         "lookahead": 0,
+    }
+
+
+class Scaled(Objective):
+    def __init__(self, scale: float, *, extra: str = "x", **common: Any) -> None:
+        super().__init__(**common)
+
+
+def test_hyperparameters_are_also_what_is_handed_on_to_the_base_class() -> None:
+    assert Scaled(2.0, weight=0.5, nonfinite="skip").hyperparameters == {
+        "scale": 2.0,
+        "extra": "x",
+        "weight": 0.5,
+        "name": None,
+        "taps": None,
+        "nonfinite": "skip",
+        "optimizer": 0,
+        "backward": None,
     }

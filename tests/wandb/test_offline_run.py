@@ -107,8 +107,11 @@ def finished(folder: Path) -> list[Any]:
 
 def every_argument(callback: Any, **given: Any) -> dict[str, Any]:
     """The signature's defaults and what was given, worked out without the package's own way."""
-    parameters = inspect.signature(type(callback).__init__).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.name != "self"}
+    parameters = inspect.signature(type(callback).__init__).parameters
+    defaults = {name: each.default for name, each in parameters.items() if name != "self"}
+    if defaults.pop("common", None) is not None:
+        of_all = {"name": None, "taps": None, "nonfinite": "raise", "optimizer": 0}
+        defaults |= {**of_all, "backward": None}
     return {"class": type(callback).__name__, **defaults, **given}
 
 
