@@ -23,6 +23,7 @@ from lightning_aux.schedule import (
     Division,
     Duration,
     During,
+    Epochwise,
     Horizon,
     Moment,
     Schedule,
@@ -286,7 +287,7 @@ def _here(horizon: Horizon, times: Iterable[Moment | None], names_phase: bool = 
 
 
 def _names_phase(schedule: Schedule) -> bool:
-    parts = schedule.parts if isinstance(schedule, Chain | Sum) else ()
+    parts = schedule.parts if isinstance(schedule, Chain | Sum | Epochwise) else ()
     return (
         isinstance(schedule, During)
         or any(isinstance(time, Border) for time in schedule.durations)

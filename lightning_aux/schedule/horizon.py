@@ -223,6 +223,19 @@ class Horizon:
         """
         return float(self._epoch(step, self._epoch_ends("the epoch of a step")))
 
+    def epoch_end(self, step: int) -> int:
+        """Returns the step at which the epoch ends that step `step` (from 0) belongs to.
+
+        Raises:
+            ValueError: when `epoch_steps` is None.
+        """
+        ends = self._epoch_ends("the end of an epoch")
+        index = bisect_right(ends, step)
+        if index < len(ends):
+            return ends[index]
+        length = self._length(index)
+        return ends[-1] + ((step - ends[-1]) // length + 1) * length
+
     def fraction(self, step: int) -> float | None:
         """Returns the share of training, 0 to 1, done after `step` steps; None without `total`."""
         if self.total is None:

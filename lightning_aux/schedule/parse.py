@@ -34,6 +34,7 @@ EXAMPLES = {
     "late": "late(0.1, start=50%)",
     "during": "during(0.5, phase=main)",
     "sum": "sum(early(0.1, until=20%), late(0.1, start=80%))",
+    "epochwise": "epochwise(linear(0, 0.8))",
     "chain": "chain(linear(0, 1, until=10ep), cosine(1, 0, until=50%))",
 }
 SCHEDULE_EXAMPLE = f"0.5 or {EXAMPLES['linear']}"

@@ -459,9 +459,64 @@ class Chain(Schedule):
         return lambda step: functions[max(bisect_right(starts, step) - 1, 0)](step)
 
 
+@dataclass(frozen=True)
+class Epochwise(Schedule):
+    """A schedule in steps of whole epochs: during an epoch, the value that it has at its end.
+
+    In the last epoch of training that is the value of the end: ``epochwise(linear(0, 0.8))`` is
+    0.8 · (e + 1)/E in epoch e (from 0) of E.
+
+    Args:
+        parts: the one schedule, or a number or string that stands for it.
+    """
+
+    kind = "epochwise"
+    arguments: ClassVar[dict[str, Role]] = {"parts": "parts"}
+
+    parts: SequenceOf[Schedule | str | float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.parts) != 1:
+            raise ScheduleError(
+                f"epochwise holds one schedule, not {len(self.parts)}; several are one as a chain "
+                f"or a sum",
+                "parts",
+            )
+
+    @property
+    def _part(self) -> Schedule:
+        return cast(tuple[Schedule, ...], self.parts)[0]
+
+    @property
+    def _has_end(self) -> bool:
+        return self._part._has_end
+
+    def _end(self, horizon: Horizon, origin: int) -> int:
+        return self._part._end(horizon, origin)
+
+    def _bind(self, horizon: Horizon, origin: int) -> Bound:
+        function, end = self._part._bind(horizon, origin), horizon.epoch_end
+        last = horizon.total
+        end(0)  # an error of the horizon is one of binding
+        return lambda step: function(end(step) if last is None else min(end(step), last))
+
+
 _KINDS: dict[str, type[Schedule]] = {
     cls.kind: cls
-    for cls in (Constant, Linear, Cosine, Exponential, Steps, Early, Late, During, Sum, Chain)
+    for cls in (
+        Constant,
+        Linear,
+        Cosine,
+        Exponential,
+        Steps,
+        Early,
+        Late,
+        During,
+        Sum,
+        Chain,
+        Epochwise,
+    )
 }
 _DEFAULTS = {"after": Duration(0, "steps"), "shape": "constant"}
 
