@@ -28,6 +28,9 @@ class Taps(Attached):
         features: module path or glob whose output ``step.features()`` gives, or a callable.
         input: module path whose input ``step.input()`` gives, or a callable. Default: the input
             of the model.
+        mask: key path into the batch (``"attention_mask"``), or a callable: which examples count,
+            as booleans or weights in the shape of the logits without their class dimension.
+            Default: all of them.
         forward: ``(module, batch) -> output``, how a teacher runs the model where ``training_step``
             does not call ``self(...)`` but several parts one after the other; for a whole Trainer
             only. Name ``logits`` too then.
@@ -47,10 +50,11 @@ class Taps(Attached):
         target: Tap | None = None,
         features: Tap | None = None,
         input: Tap | None = None,
+        mask: Tap | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__("taps")
-        self.locations = Locations(logits, target, features, input, forward)
+        self.locations = Locations(logits, target, features, input, mask, forward)
 
     def attach(self, engine: Engine) -> None:
         engine.locations = self.locations

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_aux.engine.distributed import gather_rows, processes
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
 
@@ -130,6 +132,19 @@ class Pass:
         target: Tensor = self._once(("target", self._locations.target), self._find_target)
         return target
 
+    @property
+    def mask(self) -> Tensor | None:
+        """Which examples count, where the ``mask`` tap says so; ``None``: all of them.
+
+        Raises:
+            AuxiliaryError: the tap does not lead to a tensor.
+        """
+        tap = self._locations.mask
+        if tap is None:
+            return None
+        mask: Tensor = self._once(("mask", tap), lambda: self._in_batch(tap, "mask"))
+        return mask
+
     def features(self, path: Tap | None = None) -> Any:
         """The output of the module at ``path``; ``{path: output}`` for a glob.
 
@@ -221,12 +236,8 @@ class Pass:
         return logits
 
     def _find_target(self) -> Tensor:
-        tap = self._locations.target
-        if callable(tap):
-            return _tensor(tap(self), self._asked_by, "the target tap")
-        if tap is not None:
-            where = f"{self._asked_by}, target"
-            return _tensor(key_path(self.batch, tap, where), self._asked_by, repr(tap))
+        if self._locations.target is not None:
+            return self._in_batch(self._locations.target, "target")
         found = find_target(self.batch)
         if found is None:
             raise AuxiliaryError(
@@ -234,7 +245,22 @@ class Pass:
                 f"one by key path, for example Taps(target='1') or Taps(target='batch.labels')."
             )
         self._engine.say("target", found[1])
-        return _tensor(found[0], self._asked_by, found[1])
+        return self._tensor(found[0], "target", found[1])
+
+    def _in_batch(self, tap: Tap, what: str) -> Tensor:
+        """What a tap leads to that is a key path into the batch, or a callable."""
+        if not isinstance(tap, str):
+            return self._tensor(tap(self), what, f"the {what} tap")
+        value = key_path(self.batch, tap, f"{self._asked_by}, {what}")
+        return self._tensor(value, what, repr(tap))
+
+    def _tensor(self, value: Any, what: str, where: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise AuxiliaryError(
+                f"{self._asked_by}: the {what} at {where} is {describe(value)}, not a tensor. Name "
+                f"a tensor with Taps({what}=...)."
+            )
+        return value
 
 
 Vote: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -381,6 +407,27 @@ class Step(Pass):
         """The trainable parameters and, in the same order, the teacher's values of them."""
         return self._engine.teacher(teacher, self._asked_by).pairs()
 
+    def gathered(self, rows: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What ``rows()`` returns here, and that of all processes one below the other.
+
+        For statistics of the whole batch, without a gradient: several processes then learn what
+        one would. Every process has to come here in the same steps; one on which ``rows`` fails
+        brings none, so that the others do not wait for it, and raises its error afterwards.
+
+        Args:
+            rows: returns ``(n, width)``; ``n`` may differ between processes.
+        """
+        if processes() == 1:
+            own = rows().detach()
+            return own, own
+        try:
+            own = rows().detach()
+        except Exception:
+            gather_rows(torch.zeros(0, device=self.loss.device))
+            raise
+        (everywhere,) = gather_rows(own.flatten())
+        return own, everywhere.reshape(-1, own.shape[1])
+
     def after_optimizer_step(self, act: Callable[[], None]) -> None:
         """Have ``act()`` called once the optimizer has really stepped.
 
@@ -464,12 +511,3 @@ def _first_argument(call: Call) -> Any:
     if call.arguments:
         return call.arguments[0]
     return next(iter(call.keywords.values()))
-
-
-def _tensor(value: Any, asked_by: str, where: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise AuxiliaryError(
-            f"{asked_by}: the target at {where} is {describe(value)}, not a tensor. Name a tensor "
-            f"with Taps(target=...)."
-        )
-    return value

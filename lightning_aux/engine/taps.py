@@ -42,6 +42,7 @@ class Locations:
     target: Tap | None = None
     features: Tap | None = None
     input: Tap | None = None
+    mask: Tap | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
 
     def over(self, other: Locations) -> Locations:
@@ -51,11 +52,12 @@ class Locations:
             target=self.target or other.target,
             features=self.features or other.features,
             input=self.input or other.input,
+            mask=self.mask or other.mask,
             forward=self.forward or other.forward,
         )
 
     def module_paths(self) -> Iterator[str]:
-        """The module paths named here (``target`` is a path into the batch)."""
+        """The module paths named here (``target`` and ``mask`` are paths into the batch)."""
         for tap in (self.logits, self.features, self.input):
             if isinstance(tap, str):
                 yield tap

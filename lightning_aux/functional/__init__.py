@@ -10,6 +10,7 @@ from .anchors import (
     wasserstein_distance,
 )
 from .averages import ema_decay, ema_update_, power_decay, power_exponent, synthesis_weights
+from .confidence import confidence_penalty, confidences, confident_labels, coverage_loss
 from .divergences import (
     DIVERGENCES,
     entropy,
@@ -22,11 +23,19 @@ from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
+from .logit_size import spectral_decoupling, z_loss
+from .smoothing import label_smoothing, max_suppression
+from .targets import cross_entropy, target_change
 from .votes import majority_vote, mean_vote
 
 __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
+    "confidence_penalty",
+    "confidences",
+    "confident_labels",
+    "coverage_loss",
+    "cross_entropy",
     "data_emphasized_divergence",
     "direction_error",
     "direction_variance",
@@ -40,14 +49,19 @@ __all__ = [
     "feature_mse",
     "jensen_shannon_divergence",
     "kl_divergence",
+    "label_smoothing",
     "majority_vote",
+    "max_suppression",
     "mean_vote",
     "optimal_target_weight",
     "output_anchor",
     "power_decay",
     "power_exponent",
     "reverse_kl_divergence",
+    "spectral_decoupling",
     "squared_distance",
     "synthesis_weights",
+    "target_change",
     "wasserstein_distance",
+    "z_loss",
 ]

@@ -1,0 +1,99 @@
+"""Examples, their masks and their labels: what every formula of logits begins and ends with.
+
+An example is one position of the logits without the class dimension: `(batch, classes)` has `batch`
+examples, `(batch, length, classes)` has `batch * length`. Examples that a mask leaves out, or whose
+label is `IGNORED`, count 0, and the mean is still over ALL examples. Their number is the same on
+every process and in every accumulated batch, the number of those that count is not: only so does
+the mean of the gradients of two half batches equal the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32
+
+IGNORED = -100
+"""The class index of an example without a label, as in torch's and Hugging Face's losses."""
+
+
+def shape_of_examples(logits: Tensor, dim: int) -> list[int]:
+    """The shape of `logits` without their class dimension, which index targets and masks have.
+
+    Raises:
+        ValueError: when they have no dimension `dim`.
+    """
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} have no class dimension dim={dim}")
+    shape = list(logits.shape)
+    del shape[dim]
+    return shape
+
+
+def prepared(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """The logits in float32 at least, and 0 where an example does not count.
+
+    Padding may hold anything, NaN included, and 0·NaN is NaN, in the gradient too.
+
+    Raises:
+        ValueError: no examples, no dimension `dim`, or a mask of another shape than the examples.
+    """
+    examples = shape_of_examples(logits, dim)
+    if math.prod(examples) == 0:
+        raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
+    if mask is not None:
+        if list(mask.shape) != examples:
+            raise ValueError(
+                f"mask must have the shape of the examples {tuple(examples)} (the logits "
+                f"{tuple(logits.shape)} without dimension {dim}), not {tuple(mask.shape)}"
+            )
+        logits = logits.masked_fill((mask == 0).unsqueeze(dim), 0)
+    return at_least_float32(logits)
+
+
+def mean(per_example: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over all examples; those that the mask leaves out count 0, also infinite ones."""
+    if mask is None:
+        return per_example.mean()
+    counted = torch.where(mask != 0, per_example, 0)
+    return (counted if mask.dtype == torch.bool else counted * mask.to(per_example.dtype)).mean()
+
+
+def labelled(
+    logits: Tensor, target: Tensor, mask: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """The target, checked, and a mask that also leaves out examples without a label.
+
+    Args:
+        logits: `(batch, …, classes)`.
+        target: class indices in the shape of the examples, where `IGNORED` stands for none; or
+            probabilities in the shape of the logits.
+        mask: the shape of the examples, or None.
+        dim: class dimension.
+
+    Returns:
+        The target, in which every class index is valid, and the mask.
+
+    Raises:
+        ValueError: for a target of another shape, or one that is neither indices nor floats.
+    """
+    examples = shape_of_examples(logits, dim)
+    if target.is_floating_point() and target.shape == logits.shape:
+        return at_least_float32(target), mask
+    if target.is_floating_point() or target.dtype == torch.bool or list(target.shape) != examples:
+        raise ValueError(
+            f"the target must be class indices of shape {tuple(examples)}, or probabilities of "
+            f"shape {tuple(logits.shape)}, but is {target.dtype} of shape {tuple(target.shape)}"
+        )
+    known = target != IGNORED
+    return target.long().masked_fill(~known, 0), known if mask is None else known & (mask != 0)
+
+
+def expected(values: Tensor, target: Tensor, dim: int) -> Tensor:
+    """For each example Σ_c y_c·values_c, with y the target as `labelled` returns it."""
+    if target.is_floating_point():  # 0·(−inf) = 0, in the gradient too
+        return (target.to(values.dtype) * torch.where(target > 0, values, 0)).sum(dim)
+    return values.gather(dim, target.unsqueeze(dim)).squeeze(dim)

@@ -1,0 +1,79 @@
+"""Terms that keep logits from growing: spectral decoupling and the z-loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .examples import labelled, mean, prepared
+
+__all__ = ["spectral_decoupling", "z_loss"]
+
+
+def spectral_decoupling(
+    logits: Tensor,
+    offset: float | Sequence[float] = 0.0,
+    target: Tensor | None = None,
+    mask: Tensor | None = None,
+    dim: int = -1,
+) -> Tensor:
+    """Mean over examples of ½ Σ_k (z_k − γ)², an L2 penalty of what the model says.
+
+    Pezeshki et al. 2021, "Gradient Starvation: A Learning Proclivity in Neural Networks",
+    arXiv:2011.09468: λ/2 · ‖ŷ‖² in place of weight decay, with an offset γ_y for the examples of
+    class y in the experiment with two classes of different size. The paper has one margin logit
+    per example; the sum over classes is the same norm of several. The authors' code multiplies the
+    mean square by its coefficient without the ½.
+
+    Args:
+        logits: z, `(batch, …, classes)`, `(batch, …, 1)` for one margin; differentiated.
+        offset: γ: one number for all examples, or one for each class of the target.
+        target: class indices, for an offset per class only.
+        mask: the shape of the examples, bool or weights; None keeps all. The sum is divided by the
+            number of ALL examples.
+        dim: class dimension.
+
+    Returns:
+        A scalar, at least 0: float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: for no examples, a missing dimension, a mask or target of another shape, or an
+            offset per class without a target.
+    """
+    z = prepared(logits, mask, dim)
+    counted = mask
+    if not isinstance(offset, int | float):
+        if target is None:
+            raise ValueError(f"the offset {tuple(offset)} per class needs a target")
+        if target.is_floating_point():
+            raise ValueError("an offset per class needs class indices, not probabilities")
+        target, counted = labelled(logits, target, mask, dim)
+        z = z - z.new_tensor(offset)[target].unsqueeze(dim)
+    elif offset:
+        z = z - offset
+    return mean(z.square().sum(dim) / 2, counted)
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Mean over examples of (log Σ_k exp z_k)², which keeps the normaliser of softmax near 1.
+
+    The auxiliary loss of Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5 (coefficient
+    1e-4), against the logit divergence that Wortsman et al. 2023, "Small-scale proxies for
+    large-scale Transformer training instabilities", arXiv:2309.14322, study. The gradient is
+    2 · log Z · softmax(z).
+
+    Args:
+        logits: z, `(batch, …, classes)`, differentiated.
+        mask: the shape of the examples, bool or weights; None keeps all. The sum is divided by the
+            number of ALL examples.
+        dim: class dimension.
+
+    Returns:
+        A scalar, at least 0: float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: for no examples, a missing dimension, or a mask of another shape.
+    """
+    return mean(torch.logsumexp(prepared(logits, mask, dim), dim).square(), mask)
