@@ -18,11 +18,18 @@ from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.diagnostics.gradient_direction import GradientDirection
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective, ObjectiveOptions
+from lightning_aux.objectives.confidence_limit import ConfidenceLimit
+from lightning_aux.objectives.confidence_penalty import ConfidencePenalty
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
+from lightning_aux.objectives.label_smoothing import LabelSmoothing
+from lightning_aux.objectives.max_sup import MaxSup
 from lightning_aux.objectives.multi_sample_dropout import MultiSampleDropout
 from lightning_aux.objectives.parameter_anchor import ParameterAnchor
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
+from lightning_aux.objectives.spectral_decoupling import SpectralDecoupling
+from lightning_aux.objectives.weak_to_strong import WeakToStrongConfidence
+from lightning_aux.objectives.z_loss import ZLoss
 from lightning_aux.phases import Phases
 from lightning_aux.taps import Taps
 from lightning_aux.teachers import (
@@ -36,6 +43,8 @@ from lightning_aux.teachers import (
 
 __all__ = [
     "AttributeSchedule",
+    "ConfidenceLimit",
+    "ConfidencePenalty",
     "DropoutSchedule",
     "DropoutScheduleMixin",
     "EMAAnchor",
@@ -45,6 +54,8 @@ __all__ = [
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "GradientDirection",
+    "LabelSmoothing",
+    "MaxSup",
     "ModelSoup",
     "MultiSampleDropout",
     "Objective",
@@ -56,10 +67,13 @@ __all__ = [
     "SelfDistillation",
     "SelfDistillationMixin",
     "SnapshotTeacher",
+    "SpectralDecoupling",
     "StochasticDepthSchedule",
     "Taps",
     "VotedTeacher",
+    "WeakToStrongConfidence",
     "WiSEFT",
+    "ZLoss",
 ]
 
 
@@ -71,6 +85,8 @@ class Entry:
         make: returns the callbacks; ``weight`` is that of the objective among them.
         objective: name of the objective, ``None`` for a teacher or a schedule alone.
         begins: optimizer steps before the objective has something to learn from.
+        per_sample: whether the term of a batch is the mean of those of its parts; not so for what
+            is measured or drawn for the batch as a whole.
         inert: whether training with these callbacks is bit-identical to training without, at
             weight 0 (C1). True for everything but what changes the model's own behaviour.
     """
@@ -79,6 +95,7 @@ class Entry:
     objective: str | None = None
     inert: bool = True
     begins: int = 0
+    per_sample: bool = True
 
 
 ENTRIES: dict[str, Entry] = {
@@ -164,9 +181,28 @@ ENTRIES: dict[str, Entry] = {
         ],
         "multi_sample_dropout",
         inert=False,
+        per_sample=False,
     ),
     "early_learning_regularization": Entry(
         lambda weight: [EarlyLearningRegularization(weight=weight)],
         "early_learning_regularization",
+    ),
+    "label_smoothing": Entry(lambda weight: [LabelSmoothing(weight)], "label_smoothing"),
+    "max_sup": Entry(lambda weight: [MaxSup(weight)], "max_sup"),
+    "confidence_penalty": Entry(
+        lambda weight: [ConfidencePenalty(weight, threshold=1.38)], "confidence_penalty"
+    ),
+    "confidence_limit": Entry(
+        lambda weight: [ConfidenceLimit(samples=4, weight=weight)], "confidence_limit"
+    ),
+    "spectral_decoupling": Entry(
+        lambda weight: [SpectralDecoupling(weight, offset=(0.1, 0.2, 0.3, 0.4))],
+        "spectral_decoupling",
+    ),
+    "z_loss": Entry(lambda weight: [ZLoss(weight)], "z_loss"),
+    "weak_to_strong_confidence": Entry(
+        lambda weight: [WeakToStrongConfidence(weight)],
+        "weak_to_strong_confidence",
+        per_sample=False,
     ),
 }

@@ -14,6 +14,7 @@ from lightning_aux.engine.errors import AuxiliaryError
 __all__ = [
     "check_strategy",
     "data_rank",
+    "data_ranks",
     "fully_sharded_modules",
     "gather_rows",
     "has_flat_parameters",
@@ -33,6 +34,11 @@ def processes() -> int:
 def data_rank(strategy: Any) -> int:
     """Which of the processes that see different data this one is; those of one share a number."""
     return int(getattr(strategy, "distributed_sampler_kwargs", {}).get("rank", 0))
+
+
+def data_ranks(strategy: Any) -> int:
+    """How many processes, or groups of them, see different data."""
+    return int(getattr(strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1))
 
 
 def same_everywhere(number: int, device: torch.device) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_aux.engine.distributed import gather_rows, processes
+from lightning_aux.engine.distributed import data_rank, data_ranks, gather_rows, processes
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
 
@@ -427,6 +428,21 @@ class Step(Pass):
             raise
         (everywhere,) = gather_rows(own.flatten())
         return own, everywhere.reshape(-1, own.shape[1])
+
+    def uniform(self, count: int, *shape: int) -> Tensor:
+        """Random numbers in [0, 1) for the examples of this batch, ``(count, *shape)`` in float32.
+
+        From the run's seed, the objective's name and the place in training, never from the user's
+        random stream: a resumed run draws the same, and several processes draw for their examples
+        what one would draw for the batch of all (of which process r has every n-th from r on).
+        """
+        trainer = self._engine.trainer
+        where = (self._asked_by, trainer.fit_loop.epoch_loop.total_batch_idx)
+        seed = (torch.initial_seed() + crc32(repr(where).encode())) % 2**63
+        generator = torch.Generator(self.loss.device).manual_seed(seed)
+        rank, ranks = data_rank(trainer.strategy), data_ranks(trainer.strategy)
+        size = (count * ranks, *shape)
+        return torch.rand(size, generator=generator, device=self.loss.device)[rank::ranks]
 
     def after_optimizer_step(self, act: Callable[[], None]) -> None:
         """Have ``act()`` called once the optimizer has really stepped.

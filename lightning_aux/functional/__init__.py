@@ -24,6 +24,8 @@ from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
 from .logit_size import spectral_decoupling, z_loss
+from .multi_teacher import feature_agreement, kept_teachers
+from .sigmoid import sigmoid_divergence
 from .smoothing import label_smoothing, max_suppression
 from .targets import cross_entropy, target_change
 from .votes import majority_vote, mean_vote
@@ -45,9 +47,11 @@ __all__ = [
     "ema_decay",
     "ema_update_",
     "entropy",
+    "feature_agreement",
     "feature_cosine",
     "feature_mse",
     "jensen_shannon_divergence",
+    "kept_teachers",
     "kl_divergence",
     "label_smoothing",
     "majority_vote",
@@ -58,6 +62,7 @@ __all__ = [
     "power_decay",
     "power_exponent",
     "reverse_kl_divergence",
+    "sigmoid_divergence",
     "spectral_decoupling",
     "squared_distance",
     "synthesis_weights",

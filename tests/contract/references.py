@@ -330,6 +330,65 @@ class ManyMasks(Reference):
         return sum(losses) / 3 - first
 
 
+class Smoothed(Reference):
+    """What the cross entropy with smoothed targets has more than that with the labels, over ε."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        y, epsilon = F.one_hot(batch[1], CLASSES), 0.1
+        smoothed = (1 - epsilon) * y + epsilon / CLASSES
+        return ((y - smoothed) * log_softmax(logits)).sum(1).mean() / epsilon
+
+
+class MaxSuppressed(Reference):
+    """Cross entropy of the uniform distribution less that of the predicted class."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        predicted = F.one_hot(logits.argmax(1), CLASSES)
+        return ((predicted - 1 / CLASSES) * log_softmax(logits)).sum(1).mean()
+
+
+class Uncertain(Reference):
+    """max(0, 1.38 − H(q))."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_q = log_softmax(logits)
+        return torch.relu(1.38 + (log_q.exp() * log_q).sum(1)).mean()
+
+
+class Covered(Reference):
+    """−log(1 − (1 − p)⁴) + log p."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        p = log_softmax(logits).exp()[torch.arange(len(logits)), batch[1]]
+        return (p.log() - (1 - (1 - p) ** 4).log()).mean()
+
+
+class Decoupled(Reference):
+    """½ ‖z − γ_y‖² with one γ for each class."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        gamma = torch.tensor([0.1, 0.2, 0.3, 0.4])[batch[1]]
+        return ((logits - gamma[:, None]) ** 2).sum() / 2 / len(logits)
+
+
+class Normalised(Reference):
+    """(log Z)²."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return (logits.exp().sum(1).log() ** 2).mean()
+
+
+class OwnLabels(Reference):
+    """Cross entropy with the model's own labels, weighted to the shares of the given ones."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_q, y = log_softmax(logits), batch[1]
+        q = log_q.detach().exp()
+        own = (q * torch.bincount(y, minlength=CLASSES) / q.sum(0)).argmax(1)
+        rows = torch.arange(len(y))
+        return (log_q[rows, y] - log_q[rows, own]).mean()
+
+
 REFERENCES: dict[str, Callable[[], Reference]] = {
     "dropout_schedule": EarlyDropout,
     "multi_sample_dropout": ManyMasks,
@@ -346,6 +405,13 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "generations": Generations,
     "parameter_anchor_l2": lambda: AnchoredParameters(decay=None),
     "early_learning_regularization": EarlyLearning,
+    "label_smoothing": Smoothed,
+    "max_sup": MaxSuppressed,
+    "confidence_penalty": Uncertain,
+    "confidence_limit": Covered,
+    "spectral_decoupling": Decoupled,
+    "z_loss": Normalised,
+    "weak_to_strong_confidence": OwnLabels,
 }
 
 

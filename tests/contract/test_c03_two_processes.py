@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_aux.registry import ENTRIES
 from tests.contract import two_processes
 from tests.contract.models import Classifier, EpochShuffle, Samples
-from tests.contract.training import UNDRAWN_TERMS, fit, identical, largest_difference, weights
+from tests.contract.training import PER_SAMPLE_TERMS, fit, identical, largest_difference, weights
 from tests.contract.two_processes import BATCH, EPOCHS, SAMPLES, SEED
 from tests.two_processes import run_script
 
@@ -27,7 +27,7 @@ JOBS = two_processes.jobs()
 
 # The samples of one step are the same in one and in two processes; what a dropout drops is not.
 COMPARABLE = [*(name for name, entry in ENTRIES.items() if entry.inert), "head"]
-COMPARABLE += [f"{entry} accumulated" for entry in UNDRAWN_TERMS]
+COMPARABLE += [f"{entry} accumulated" for entry in PER_SAMPLE_TERMS]
 
 
 @pytest.fixture(scope="module")

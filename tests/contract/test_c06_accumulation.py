@@ -18,8 +18,8 @@ from tests.contract.references import HandWritten, reference
 from tests.contract.training import (
     callbacks,
     every_entry,
+    every_per_sample_term,
     every_term,
-    every_undrawn_term,
     fit,
     identical,
     largest_difference,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.vouches("accumulation")
 B, WINDOW = 4, 4
 
 
-@every_undrawn_term
+@every_per_sample_term
 def test_f41_four_batches_accumulated_equal_one_of_four_times_the_size(entry: str) -> None:
     whole = seeded(Classifier)
     fit(whole, callbacks(entry), loader(48, B * WINDOW), max_epochs=3)
@@ -45,7 +45,7 @@ def test_f41_four_batches_accumulated_equal_one_of_four_times_the_size(entry: st
     assert largest_difference(weights(parts), weights(whole)) < 1e-6
 
 
-@every_undrawn_term
+@every_per_sample_term
 def test_an_uneven_last_window_counts_for_its_share(entry: str) -> None:
     """10 batches in windows of 4, 4 and 2: Lightning divides the last two by 4 as well.
 

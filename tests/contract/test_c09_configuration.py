@@ -63,6 +63,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("Taps", "forward"): {"forward": "tests.contract.models.run_parts"},
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},
     ("SelfDistillation", "divergence"): {"divergence": "js"},
+    ("ConfidenceLimit", "samples"): {"samples": 4},
     ("VotedTeacher", "snapshots"): {"snapshots": 2},
     ("ParameterAnchor", "sigma"): {"form": "variational", "sigma": 0.1},
     ("ParameterAnchor", "parameters"): {"parameters": "encoder.*"},

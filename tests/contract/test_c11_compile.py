@@ -25,8 +25,8 @@ from lightning_aux.registry import ENTRIES
 from tests.contract.models import FEATURES, Classifier
 from tests.contract.probe import Probe
 from tests.contract.training import (
+    PER_SAMPLE_TERMS,
     TERMS,
-    UNDRAWN_TERMS,
     callbacks,
     fit,
     largest_difference,
@@ -330,7 +330,7 @@ def test_f58_the_average_of_a_compiled_model_moves_under_the_names_of_the_eager_
     assert max(float((now[name] - start[name]).abs().max()) for name in now) > 1e-3
 
 
-@pytest.mark.parametrize("entry", ["ema_teacher", *UNDRAWN_TERMS, "head"])
+@pytest.mark.parametrize("entry", ["ema_teacher", *PER_SAMPLE_TERMS, "head"])
 @pytest.mark.parametrize("first_eager", [False, True], ids=["compiled first", "eager first"])
 def test_f58_a_checkpoint_of_the_compiled_model_resumes_eagerly_and_the_other_way_round(
     tmp_path: Any, first_eager: bool, entry: str

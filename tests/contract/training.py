@@ -20,13 +20,12 @@ from lightning_aux.registry import ENTRIES
 from tests.contract.models import Samples
 
 TERMS = [name for name, entry in ENTRIES.items() if entry.objective is not None]
-# What a mask drops depends on how samples are divided into batches, processes and resumed runs.
-UNDRAWN_TERMS = [name for name in TERMS if name != "multi_sample_dropout"]
+PER_SAMPLE_TERMS = [name for name in TERMS if ENTRIES[name].per_sample]
 INERT = [name for name, entry in ENTRIES.items() if entry.inert]
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES)
 every_term = pytest.mark.parametrize("entry", TERMS)
-every_undrawn_term = pytest.mark.parametrize("entry", UNDRAWN_TERMS)
+every_per_sample_term = pytest.mark.parametrize("entry", PER_SAMPLE_TERMS)
 
 
 def callbacks(entry: str, weight: float | str = 0.5) -> list[Attached]:
