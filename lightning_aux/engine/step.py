@@ -321,6 +321,11 @@ class Step(Pass):
         return self._state.progress[self._optimizer]
 
     @property
+    def logs(self) -> bool:
+        """Whether metrics are logged on this step; what only they need can wait for one."""
+        return self._engine.logs
+
+    @property
     def index(self) -> Tensor:
         """Dataset indices of the samples, int64 ``(batch,)`` on the batch's device.
 
