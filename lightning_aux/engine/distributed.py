@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -12,14 +13,18 @@ from torch import Tensor, nn
 from lightning_aux.engine.errors import AuxiliaryError
 
 __all__ = [
+    "Route",
     "check_strategy",
+    "collect_rows",
     "data_rank",
     "data_ranks",
+    "from_everyone",
     "fully_sharded_modules",
     "gather_rows",
     "has_flat_parameters",
     "is_fully_sharded",
     "processes",
+    "rank",
     "same_everywhere",
     "shard",
     "shards_parameters",
@@ -29,6 +34,11 @@ __all__ = [
 def processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of all processes this one is."""
+    return dist.get_rank() if processes() > 1 else 0
 
 
 def data_rank(strategy: Any) -> int:
@@ -52,26 +62,95 @@ def same_everywhere(number: int, device: torch.device) -> int:
     return int(high) << 32 | int(low)
 
 
-def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def from_everyone(value: Any) -> list[Any]:
+    """The plain values that all processes have, in the order of ranks."""
+    values = [value] * processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
     """The rows of every process one below the other, in the order of ranks; no gradient.
 
-    Processes may bring different numbers of rows. With one process these are the tensors
-    themselves.
-
     Args:
-        tensors: ``(n, ...)`` each, with one ``n`` for all; the same trailing shapes and dtypes on
-            every process.
-
-    Returns:
-        ``(sum of n, ...)`` for each, equal on every process.
+        rows: ``(n, ...)`` with the same trailing shape and dtype on every process; the numbers of
+            rows may differ.
     """
     if processes() == 1:
-        return tensors
-    count = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(processes())]
     dist.all_gather(counts, count)
     sizes = [int(each) for each in counts]
-    return tuple(_gather(rows, sizes) for rows in tensors)
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([each[:size] for each, size in zip(gathered, sizes, strict=True)])
+
+
+class Route:
+    """The way between the processes that hold rows and those that ask for them.
+
+    Row i is held by process ``i mod processes``, in place ``i // processes``. All processes make
+    and use a route together, whatever each of them asks for, also if that is nothing.
+
+    Args:
+        index: of the rows that this process asks for, int64 ``(n,)`` on the CPU; duplicates too.
+        device: where rows travel from and to.
+
+    Attributes:
+        places: of the rows that are asked for from this process, int64 on ``device``: in the order
+            of ranks, and then in that of their ``index``.
+    """
+
+    def __init__(self, index: Tensor, device: torch.device) -> None:
+        holder = index.remainder(processes())
+        order = holder.argsort(stable=True)
+        asked = holder.bincount(minlength=processes())
+        answered = torch.empty_like(asked, device=device)
+        dist.all_to_all_single(answered, asked.to(device))
+        self._asked, self._answered = asked.tolist(), answered.tolist()
+        self._order, self._back = order.to(device), order.argsort().to(device)
+        self.places = self.send((index // processes()).to(device))
+
+    def __len__(self) -> int:
+        """How many rows this process asks for."""
+        return len(self._order)
+
+    def bring(self, rows: Tensor) -> Tensor:
+        """The rows of ``index``, from those at ``places`` of every process."""
+        return _exchanged(rows, self._answered, self._asked)[self._back]
+
+    def send(self, rows: Tensor) -> Tensor:
+        """What belongs to ``places``, from what every process has for its ``index``."""
+        return _exchanged(rows[self._order], self._asked, self._answered)
+
+
+def collect_rows(rows: Tensor, size: int, block: int) -> Tensor | None:
+    """All rows on the CPU of the first process, ``None`` on the others.
+
+    Args:
+        rows: that this process holds: row i is held by process ``i mod processes``.
+        size: how many there are in all.
+        block: how many bytes the first process receives at a time, about.
+    """
+    world = processes()
+    whole = rows.new_empty((size, *rows.shape[1:]), device="cpu") if rank() == 0 else None
+    step = max(1, block // (math.prod(rows.shape[1:]) * rows.element_size() * world))
+    for start in range(0, -(-size // world), step):
+        counts = [len(range(each, size, world)[start : start + step]) for each in range(world)]
+        some = rows[start : start + step].contiguous()
+        # As bytes: not every backend knows every dtype.
+        sent = (some.flatten(1) if some.ndim > 1 else some[:, None]).view(torch.uint8)
+        to_first = [len(some), *[0] * (world - 1)]
+        received = _exchanged(sent, to_first, [0] * world if whole is None else counts)
+        if whole is not None:
+            arrived = received.view(rows.dtype).reshape(-1, *rows.shape[1:])
+            for each, part in enumerate(torch.split(arrived, counts)):
+                whole[each::world][start : start + step] = part.cpu()
+    return whole
 
 
 def check_strategy(strategy: Any, asked_by: str) -> None:
@@ -145,9 +224,8 @@ def _is(strategy: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(strategy).__mro__)
 
 
-def _gather(rows: Tensor, sizes: list[int]) -> Tensor:
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return torch.cat([each[:size] for each, size in zip(gathered, sizes, strict=True)])
+def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Rows from every process, in the order of ranks, for as many to each of them."""
+    found = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(found, rows, received, sent)
+    return found

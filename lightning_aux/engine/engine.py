@@ -22,7 +22,7 @@ from lightning_aux.engine.distributed import check_strategy
 from lightning_aux.engine.errors import AuxiliaryError, near_matches
 from lightning_aux.engine.heads import Heads
 from lightning_aux.engine.indices import Indices
-from lightning_aux.engine.logging import log_hyperparameters
+from lightning_aux.engine.logging import log_hyperparameters, logs_now
 from lightning_aux.engine.model_call import ModelCall
 from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
@@ -317,6 +317,11 @@ class Engine:
         steps = self.clocks[optimizer]
         fraction = steps / total if total else None
         return Progress(steps, self.trainer.current_epoch, fraction)
+
+    @property
+    def logs(self) -> bool:
+        """Whether Lightning hands metrics to the loggers on this step."""
+        return logs_now(self.trainer)
 
     def bind(self, schedule: Timed[Value], asked_by: str) -> Callable[[int], Value]:
         """``schedule`` as a function of the optimizer steps of this training.

@@ -348,6 +348,11 @@ class Step(Pass):
         return self._state.progress[self._optimizer]
 
     @property
+    def logs(self) -> bool:
+        """Whether metrics are logged on this step; what only they need can wait for one."""
+        return self._engine.logs
+
+    @property
     def index(self) -> Tensor:
         """Dataset indices of the samples, int64 ``(batch,)`` on the batch's device.
 
@@ -426,7 +431,7 @@ class Step(Pass):
         except Exception:
             gather_rows(torch.zeros(0, device=self.loss.device))
             raise
-        (everywhere,) = gather_rows(own.flatten())
+        everywhere = gather_rows(own.flatten())
         return own, everywhere.reshape(-1, own.shape[1])
 
     def uniform(self, count: int, *shape: int) -> Tensor:

@@ -222,8 +222,8 @@ def test_teachers_and_memories_are_float32_in_every_precision(entry: str, precis
                 assert {kept[name].dtype for name in parameters} == {torch.float32}
                 assert all(value.isfinite().all() for value in kept.values())
         if isinstance(each, EarlyLearningRegularization):
-            assert each.targets.rows is not None
-            assert each.targets.rows.dtype == torch.float32
+            assert each.memory.rows is not None
+            assert each.memory.rows.dtype == torch.float32
 
 
 class Drifting(Classifier):

@@ -59,6 +59,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("DropoutSchedule", "until"): {"until": "40%"},
     ("DropoutSchedule", "start"): {"mode": "late", "start": "40%", "until": None},
     ("DropoutSchedule", "mode"): {"mode": "late", "start": "40%", "until": None},
+    ("EarlyLearningRegularization", "storage"): {"storage": "top-5"},
     ("EMAAnchor", "space"): {"space": "weight"},
     ("Taps", "forward"): {"forward": "tests.contract.models.run_parts"},
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},

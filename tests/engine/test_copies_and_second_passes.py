@@ -187,7 +187,7 @@ def test_a_refused_term_leaves_no_memory(plain_trainer):
     objective = PoisonedLogits(nonfinite="skip", name="elr")
     plain_trainer(max_epochs=1, callbacks=[objective]).fit(Poisoned(), rows())
     assert objective.state()["skipped"] == 1
-    remembered = objective.targets.rows
+    remembered = objective.memory.rows
     assert torch.equal(remembered[:4], torch.zeros(4, CLASSES))  # the refused batch
     assert (remembered[4:].sum(-1) > 0).all()
 

@@ -44,7 +44,7 @@ def test_a_memory_per_sample_goes_on_too(plain_trainer):
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, rows())
     # Two visits: t sums to (1 − β)(1 + β) = 1 − β².
-    assert torch.allclose(elr.targets.rows.sum(1), torch.full((24,), 1 - 0.7**2), atol=1e-5)
+    assert torch.allclose(elr.memory.rows.sum(1), torch.full((24,), 1 - 0.7**2), atol=1e-5)
 
 
 def test_the_same_callbacks_start_fresh_for_another_module(plain_trainer):
@@ -55,8 +55,8 @@ def test_the_same_callbacks_start_fresh_for_another_module(plain_trainer):
     trainer.fit_loop.max_epochs = 2
     trainer.fit(other, rows(20))  # another dataset size: an old memory would not fit it
     assert teacher.updates == 5
-    assert elr.targets.rows.shape == (20, 3)
-    assert torch.allclose(elr.targets.rows.sum(1), torch.full((20,), 0.3), atol=1e-5)
+    assert elr.memory.rows.shape == (20, 3)
+    assert torch.allclose(elr.memory.rows.sum(1), torch.full((20,), 0.3), atol=1e-5)
 
 
 def test_the_same_callbacks_start_fresh_in_another_trainer(plain_trainer):

@@ -105,7 +105,7 @@ def test_a_memory_per_sample_moves_once_per_step_of_lbfgs(plain_trainer):
     elr = aux.EarlyLearningRegularization(momentum=0.7)
     plain_trainer(callbacks=[elr]).fit(Curved(), rows(24, 4))
     # One visit: t = (1 − β) p with p summing to 1.
-    assert torch.allclose(elr.targets.rows.sum(1), torch.full((24,), 0.3), atol=1e-5)
+    assert torch.allclose(elr.memory.rows.sum(1), torch.full((24,), 0.3), atol=1e-5)
 
 
 class Inherited(torch.optim.SGD):
@@ -298,7 +298,7 @@ def test_f16_a_skipped_step_moves_no_teacher_memory_schedule_rate_or_head(kind: 
     shrink = Shrink(WEIGHT)
 
     def look(module: Overflowing) -> dict[str, Any]:
-        rows = elr.targets.rows
+        rows = elr.memory.rows
         return {
             "updates": teacher.updates,
             "teacher": {n: v for n, v in teacher.state()["weights"].items() if "num" not in n},

@@ -145,7 +145,7 @@ def test_premise_everything_of_ours_is_in_what_is_compared_and_moves(folder: Pat
             "teacher": members["ema"]["weights"]["head.weight"],
             "buffers": members["ema"]["buffers"]["encoder.1.running_mean"],
             "anchor": members["ema_anchor.teacher"]["weights"]["head.weight"],
-            "memory": members["early_learning_regularization"]["targets"],
+            "memory": members["early_learning_regularization"]["memory"]["rows"],
             "head": heads["weights"]["probe.weight"],
             "moments": heads["optimizer"][0]["exp_avg"],
         }

@@ -119,7 +119,7 @@ def _forced_overflow(device: str, fused: bool, manual: bool) -> None:
         return {
             "updates": teacher.updates,
             "teacher": teacher.store.pairs()[1],
-            "memory": [elr.targets.rows],
+            "memory": [elr.memory.rows],
             "head": [each.detach() for each in head.head.parameters()],
             "weights": [each.detach() for each in module.parameters()],
             "factor": distilled.weight_at(teacher.engine.clocks[0]),
@@ -176,7 +176,7 @@ def f23_a_resumed_teacher_is_on_the_device_of_the_parameters(device: str) -> str
             for parameter, value in zip(live, values, strict=True):
                 assert value.device == parameter.device == pl_module.device
             assert {each.device for each in teacher.store.buffers.values()} == {pl_module.device}
-            assert elr.targets.rows.device == pl_module.device
+            assert elr.memory.rows.device == pl_module.device
             seen.append(trainer.global_step)
 
     seen: list[int] = []

@@ -236,7 +236,7 @@ def attached(device: str, precision: str, **model: Any) -> tuple[dict[str, Tenso
     teacher, _, _, elr, head = added
     found = weights(module)
     found |= {f"head of ours {name}": value for name, value in weights(head.head).items()}
-    found["memory"] = elr.targets.rows.cpu()
+    found["memory"] = elr.memory.rows.cpu()
     average = teacher.state()["weights"]
     ordered = [average[name].cpu() for name in module.state_dict()]
     return found | {f"teacher {i}": value for i, value in enumerate(ordered)}, head

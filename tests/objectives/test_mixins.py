@@ -152,7 +152,7 @@ def test_a_second_fit_goes_on_with_the_teacher_and_the_memory(plain_trainer):
     ]
     twice(plain_trainer(callbacks=added), plain)
     assert teacher.updates == added[0].updates == 12
-    assert torch.equal(elr.targets.rows, added[2].targets.rows)
+    assert torch.equal(elr.memory.rows, added[2].memory.rows)
     assert equal(teacher.store.state_dict(), added[0].store.state_dict())
     assert equal(weights(mixed), weights(plain))
 

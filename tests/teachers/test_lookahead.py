@@ -153,7 +153,7 @@ def test_memories_and_other_teachers_see_real_steps_only(plain_trainer):
     fit(plain_trainer, alone, again)
     assert other.updates == alone.updates == 12
     assert equal(other.store.state_dict(), alone.store.state_dict())
-    assert torch.equal(memory.targets.rows, again.targets.rows)
+    assert torch.equal(memory.memory.rows, again.memory.rows)
 
 
 def test_an_error_in_a_virtual_step_leaves_the_student(plain_trainer):

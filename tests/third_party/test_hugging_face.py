@@ -81,7 +81,7 @@ def test_all_objectives_together_find_their_way_without_a_tap(plain_trainer):
     attached = trained(plain_trainer, callbacks)
     plain = trained(plain_trainer, [])
     assert len(probe.seen) == 8
-    assert torch.allclose(elr.targets.rows.sum(1), torch.full((16,), 1 - 0.7**2), atol=1e-5)
+    assert torch.allclose(elr.memory.rows.sum(1), torch.full((16,), 1 - 0.7**2), atol=1e-5)
     assert list(attached.state_dict()) == list(plain.state_dict())
     assert not equal(weights(attached), weights(plain))
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_aux import EMATeacher, Objective, SelfDistillation, Step, Taps
-from lightning_aux.engine.distributed import gather_rows
+from lightning_aux.engine.distributed import Route
 from lightning_aux.registry import ENTRIES
 from lightning_aux.schedule import Steps
 from tests.contract.models import FEATURES, HIDDEN, Classifier, Samples
@@ -93,7 +93,7 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
     for kind in ("raise", "skip"):
         found[f"nan {kind}"] = partial(nan_on_one_rank, place, kind)
     found["watched"] = partial(watched, place)
-    found["gather"] = partial(gather, place)
+    found["routed"] = partial(routed, place)
     for case in (HEAD, "self_distillation_features", WITHOUT):
         found[f"two backwards {case}"] = partial(in_two_backwards, place, case)
     for case in ("self_distillation_features", HEAD):
@@ -553,12 +553,22 @@ def collectives(place: Place, case: str) -> dict[str, Any]:
     return {"moves": counting.moves, "issued": counting.issued, "seen": counting.seen}
 
 
-def gather(place: Place) -> dict[str, Any]:
-    """Two rows of the first process, four of the second."""
-    rows = torch.arange(2.0 + 2 * place.rank) + 10 * place.rank
-    gathered, doubled = gather_rows(rows, torch.stack([rows, 2 * rows], dim=1))
-    (none,) = gather_rows(rows[: 3 * place.rank])
-    return {"rows": gathered, "doubled": doubled, "first has none": none}
+ASKED = ([3, 0], [1, 3, 2, 0])
+
+
+def routed(place: Place) -> dict[str, Any]:
+    """Of five rows, 0, 10, ..., 40, the first process asks for two and the second for four."""
+    cpu, index = torch.device("cpu"), torch.tensor(ASKED[place.rank])
+    held = torch.arange(5.0)[place.rank :: 2] * 10
+    route, none = Route(index, cpu), Route(index[: 4 * place.rank], cpu)
+    return {
+        "brought": route.bring(held[route.places]),
+        "doubled": route.bring(torch.stack([held, 2 * held], dim=1)[route.places]),
+        "sent": route.send(index + 100 * place.rank),
+        "first asks for none": none.bring(held[none.places]),
+        "first sends none": none.send(index[: len(none)]),
+        "places": route.places,
+    }
 
 
 def one_wandb_run(place: Place, folder: Path) -> dict[str, Any]:

@@ -46,6 +46,13 @@ def in_one_process(place: str, entry: str, variant: str) -> dict[str, Any]:
     return jobs.trained(PLACES[place].one_process, entry, variant)
 
 
+def replicated(nested: Any) -> Any:
+    """The nest without memories per sample, of which every process holds a part."""
+    if isinstance(nested, dict):
+        return {key: replicated(each) for key, each in nested.items() if key != "memory"}
+    return [replicated(each) for each in nested] if isinstance(nested, list) else nested
+
+
 def furthest(left: Any, right: Any) -> float:
     """The largest difference of any number in two nests of the same form."""
     (a, tree), (b, other) = tree_flatten(left), tree_flatten(right)

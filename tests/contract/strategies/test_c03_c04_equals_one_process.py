@@ -23,6 +23,7 @@ from tests.contract.strategies.matrix import (
     every_taught,
     furthest,
     in_one_process,
+    replicated,
 )
 from tests.contract.strategies.places import PLACES
 from tests.contract.training import identical
@@ -58,8 +59,8 @@ def test_two_half_batches_give_the_weights_of_one_batch(
 def test_f38_both_processes_end_with_the_same_bits(
     ended: Any, place: str, entry: str, variant: str
 ) -> None:
-    """Weights, heads, and the states of teachers and memories in every step."""
-    first, second = (ended(place, f"{variant} {entry}", rank) for rank in (0, 1))
+    """Weights, heads, and the states of teachers in every step."""
+    first, second = (replicated(ended(place, f"{variant} {entry}", rank)) for rank in (0, 1))
     for part in ("weights", "head", "states"):
         assert identical(first[part], second[part]), part
 
@@ -70,7 +71,7 @@ def test_f22_a_teacher_of_a_model_with_batchnorm_is_the_same_on_both_processes(
     ended: Any, place: str, entry: str
 ) -> None:
     """Its buffers too, although those of the live module differ until ddp makes them equal."""
-    first, second = (ended(place, f"BatchNorm {entry}", rank) for rank in (0, 1))
+    first, second = (replicated(ended(place, f"BatchNorm {entry}", rank)) for rank in (0, 1))
     assert len(first["states"]) == 14
     assert identical(first["states"], second["states"])
     parameters = [name for name in first["weights"] if "running" not in name]

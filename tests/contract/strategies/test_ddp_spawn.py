@@ -15,6 +15,7 @@ from tests.contract.strategies.matrix import (
     every_case,
     furthest,
     in_one_process,
+    replicated,
 )
 from tests.contract.training import identical
 from tests.two_processes import run_script
@@ -53,7 +54,7 @@ def test_two_half_batches_give_what_one_process_gets(spawn: Any, entry: str) -> 
 
 @every_case
 def test_both_processes_end_with_the_same_bits(spawn: Any, entry: str) -> None:
-    first, second = (spawn(entry, rank) for rank in (0, 1))
+    first, second = (replicated(spawn(entry, rank)) for rank in (0, 1))
     assert first["global_step"] == 14
     for part in ("weights", "head", "states"):
         assert identical(first[part], second[part]), part

@@ -1,4 +1,4 @@
-"""Heads in the ways of ddp that are strict about gradients, and rows that are gathered."""
+"""Heads in the ways of ddp that are strict about gradients, and rows that go between processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.strategies.jobs import SILENT, WITHOUT, adversaries, in_two_backwards
+from tests.contract.strategies.jobs import ASKED, SILENT, WITHOUT, adversaries, in_two_backwards
 from tests.contract.strategies.matrix import TOLERANCE, every_place, furthest, in_ddp
 from tests.contract.strategies.places import BATCHES, PLACES
 from tests.contract.training import identical
@@ -86,13 +86,20 @@ def test_f39_a_static_graph_changes_nothing(ended: Any, place: str, silent: str)
 def test_f44_f45_rows_of_every_process_are_kept_in_the_order_of_ranks(
     ended: Any, place: str
 ) -> None:
-    """Two of the first and four of the second; then none of the first and three of the second.
+    """Of even rows on the first and odd ones on the second, as they are asked for and sent back.
 
-    What is gathered here is remembered, never differentiated: no term needs a gradient through it.
+    What is exchanged here is remembered, never differentiated: no term needs a gradient through it.
     """
-    rows = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
-    for rank in (0, 1):
-        gathered = ended(place, "gather", rank)
-        assert torch.equal(gathered["rows"], rows)
-        assert torch.equal(gathered["doubled"], torch.stack([rows, 2 * rows], dim=1))
-        assert torch.equal(gathered["first has none"], rows[2:5])
+    first, second = (ended(place, "routed", rank) for rank in (0, 1))
+    for asked, found in zip(ASKED, (first, second), strict=True):
+        rows = torch.tensor(asked) * 10.0
+        assert torch.equal(found["brought"], rows)
+        assert torch.equal(found["doubled"], torch.stack([rows, 2 * rows], dim=1))
+    assert first["first asks for none"].tolist() == []
+    assert torch.equal(second["first asks for none"], second["brought"])
+    # Row 0 of the first process and rows 2 and 0 of the second; rows 3, and 1 and 3.
+    assert first["sent"].tolist() == [0, 102, 100]
+    assert second["sent"].tolist() == [3, 101, 103]
+    assert (first["places"].tolist(), second["places"].tolist()) == ([0, 1, 0], [1, 0, 1])
+    assert first["first sends none"].tolist() == [2, 0]
+    assert second["first sends none"].tolist() == [1, 3]
