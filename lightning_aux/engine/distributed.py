@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_aux.engine.errors import AuxiliaryError
 
 __all__ = [
+    "anywhere",
     "check_strategy",
     "data_rank",
     "fully_sharded_modules",
@@ -44,6 +45,15 @@ def same_everywhere(number: int, device: torch.device) -> int:
     dist.broadcast(halves, 0)
     high, low = halves.tolist()
     return int(high) << 32 | int(low)
+
+
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on some process; all of them have to ask, and wait for each other."""
+    if processes() == 1:
+        return here
+    told = torch.tensor([float(here)], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
 
 
 def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
