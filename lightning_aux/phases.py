@@ -19,11 +19,14 @@ class Phases(Attached):
     Every time in a schedule can then be the border of one: ``"linear(0, 1, until=warmup.end)"``,
     ``"during(0.5, main)"``, ``DropoutSchedule(0.1, until="warmup.end")``.
 
-    At a border, between two optimizer steps, ``on_phase_end(trainer, module, phase)`` and then
+    At a border ``on_phase_end(trainer, module, phase)`` and then
     ``on_phase_start(trainer, module, phase)`` are called on every callback that has such a method,
-    and ``on_phase_end(phase)``, ``on_phase_start(phase)`` on the LightningModule; the first phase
-    begins before the first batch, the last one ends after the last step. A resumed run calls
-    nothing twice. The index of the phase is logged as ``aux/phases/index``.
+    and ``on_phase_end(phase)``, ``on_phase_start(phase)`` on the LightningModule: after every
+    ``on_train_batch_start`` of the first batch of the new phase and before its ``training_step``,
+    with gradients on and under the precision of that step; after validation and checkpoints of the
+    old one. ``trainer.global_step`` is then what the border says. The last phase ends with
+    training, in ``on_train_end``, if its last step was taken. A resumed run calls nothing twice.
+    The index of the phase is logged as ``aux/phases/index``.
 
     Args:
         phases: names and lengths, ``"warmup: 10%, main: 70%, cool: rest"``, or a mapping of names
@@ -70,8 +73,8 @@ class Phases(Attached):
     def before_step(self, now: Progress) -> None:
         self._reach(now)
 
-    def after_optimizer_step(self, now: Progress) -> None:
-        self._reach(now)
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._reach(self.engine.progress(self.optimizer))
 
     def _reach(self, now: Progress) -> None:
         for index, (name, (start, end)) in enumerate(self._borders.items()):

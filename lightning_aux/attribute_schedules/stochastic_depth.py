@@ -56,7 +56,7 @@ class StochasticDepthSchedule(Driver):
 
     Raises:
         AuxiliaryError: as for `DropoutSchedule`, and for a path that names no module; in the first
-            step, for a block that changes the shape of its input or returns it.
+            step, whatever the rate, for a block that changes the shape of its input or returns it.
     """
 
     drives_rates = True
@@ -165,14 +165,16 @@ class _Block:
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def maybe_left_out(*arguments: Any, **keywords: Any) -> Any:
             returned = forward(*arguments, **keywords)
-            compiling = torch.compiler.is_compiling()
-            # A number that is read while compiling would be a constant of the graph.
-            if not self.module.training or (not compiling and self._rate == 0.0):
+            if not self.module.training:
                 return returned
             given = arguments[0] if arguments else next(iter(keywords.values()))
             sequence = isinstance(returned, tuple | list)
             output = returned[0] if sequence else returned
-            self._check(given, output)
+            self._check(given, output)  # whatever the rate: an error now, not in a late phase
+            compiling = torch.compiler.is_compiling()
+            # A number that is read while compiling would be a constant of the graph.
+            if not compiling and self._rate == 0.0:
+                return returned
             draw = torch.ops.lightning_aux.kept if compiling else kept
             mask = draw(output.detach(), self._held, self._batch, self._salt, self._per_sample)
             mixed = given + (output - given) * mask

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 from zlib import crc32
 
-import numpy
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -21,15 +19,19 @@ from lightning_aux.attribute_schedules.driver import Driver
 from lightning_aux.attribute_schedules.rates import rates_in
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress
 from lightning_aux.engine.distributed import (
+    anywhere,
     data_rank,
     processes,
     same_everywhere,
     shards_parameters,
 )
+from lightning_aux.engine.random_states import drawing_from
 from lightning_aux.functional.gradient_directions import variance_of_sum
 from lightning_aux.schedule import Interval, ScheduleError, Time
 
 __all__ = ["GradientDirection"]
+
+Value = TypeVar("Value")
 
 
 class GradientDirection(Attached):
@@ -54,9 +56,11 @@ class GradientDirection(Attached):
     is a sample unless ``full`` says otherwise.
 
     A measurement costs ``batches + full`` times the forward and backward of one batch, and the
-    memory of two gradients. Several processes share the batches. Training is bit-identical to
-    training without; what ``training_step`` changes besides logs, metrics and buffers is not
-    undone.
+    memory of two gradients. Several processes share the batches, each as many as the others; an
+    error on one of them is one on all. Under a gradient scaler the loss is scaled down until its
+    gradient fits into float16; a mini-batch whose gradient is not finite even so is left out, with
+    a warning. Training is bit-identical to training without; what ``training_step`` changes besides
+    logs, metrics, buffers and the random streams is not undone.
 
     Args:
         every: from one measurement to the next: optimizer steps, ``"500 steps"``, ``"1ep"``,
@@ -94,6 +98,8 @@ class GradientDirection(Attached):
         self.measured: list[tuple[int, dict[str, float]]] = []
         """Optimizer steps taken, and what was measured then."""
         self._due: Callable[[int], bool] | None = None
+        self._looked = -1
+        self._scale = 1.0
         self._groups: list[list[int]] = []
 
     def check(self, engine: Engine) -> None:
@@ -112,6 +118,7 @@ class GradientDirection(Attached):
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         self._due = engine.bind(self.interval, self.name)
         self.measured = [(int(at), dict(found)) for at, found in (state or {}).get("measured", [])]
+        self._looked = self.measured[-1][0] if self.measured else -1
         loader = engine.trainer.train_dataloader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise AuxiliaryError(
@@ -147,70 +154,111 @@ class GradientDirection(Attached):
 
     def before_step(self, now: Progress) -> None:
         assert self._due is not None
-        if not self._due(now.steps) or (self.measured and self.measured[-1][0] >= now.steps):
+        if not self._due(now.steps) or self._looked >= now.steps:
             return
+        self._looked = now.steps
         began = time.perf_counter()
         found = self._measure()
-        self.measured.append((now.steps, {**found, "seconds": time.perf_counter() - began}))
+        if found:
+            self.measured.append((now.steps, {**found, "seconds": time.perf_counter() - began}))
 
     def _measure(self) -> dict[str, float]:
-        """Both statistics from the sums of unit gradients and of whole ones."""
+        """Both statistics from the sums of unit gradients and of whole ones; or nothing."""
         parameters = [each for each in self.engine.module.parameters() if each.requires_grad]
-        count, whole = self._counts()
+        scaler = getattr(self.engine.trainer.precision_plugin, "scaler", None)
+        # A direction does not know of a factor; float16 does.
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         directions = [torch.zeros_like(each, dtype=torch.float32) for each in parameters]
-        norms = torch.zeros((), device=directions[0].device)
-        for number in self._own(count):
-            gradient = self._gradient(number, parameters)
-            norm = torch.stack(torch._foreach_norm(gradient)).norm()
-            torch._foreach_add_(directions, torch._foreach_div(gradient, norm.clamp_min(1e-30)))
-            norms += norm
         total = [torch.zeros_like(each) for each in directions]
+        # The sum of norms, and how many gradients there are of each kind.
+        sums = torch.zeros(3, device=directions[0].device)
+        count, whole = self._counts()
+        for gradient, norm in self._gradients(count, parameters):
+            torch._foreach_add_(directions, torch._foreach_div(gradient, norm.clamp_min(1e-30)))
+            sums[0] += norm
+            sums[1] += 1
         with self._without_dropout():
-            for number in self._own(whole):
-                torch._foreach_add_(total, self._gradient(number, parameters))
+            for gradient, _ in self._gradients(whole, parameters):
+                torch._foreach_add_(total, gradient)
+                sums[2] += 1
         if processes() > 1:
-            for each in (*directions, *total, norms):
+            for each in (*directions, *total, sums):
                 dist.all_reduce(each)
+        norms, compared, averaged = sums.tolist()
+        if left_out := int(count - compared + whole - averaged):
+            rank_zero_warn(
+                f"lightning_aux: {self.name} has left out {left_out} of {count + whole} "
+                f"mini-batches after {self._looked} optimizer steps: their gradients are not finite"
+            )
+        if compared < 2 or averaged < 1:
+            return {}
         squared = torch.stack(torch._foreach_norm(directions)).square().sum()
         length = torch.stack(torch._foreach_norm(total)).norm()
         along = torch.stack(
             [each.sum() for each in torch._foreach_mul(directions, total)]
         ).sum() / length.clamp_min(1e-30)
         return {
-            "variance": float(variance_of_sum(squared, count)),
-            "error": float((1 - along / count) / 2),
-            "norm": float(norms / count),
+            "variance": float(variance_of_sum(squared, int(compared))),
+            "error": float((1 - along / compared) / 2),
+            "norm": norms / compared,
         }
 
-    def _own(self, count: int) -> range:
-        """The mini-batches of this process."""
-        rank = data_rank(self.engine.trainer.strategy)
-        return range(rank, count, processes()) if processes() > 1 else range(count)
+    def _gradients(
+        self, count: int, parameters: list[Any]
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """The finite gradients of this process's mini-batches, each with its norm.
 
-    def _gradient(self, number: int, parameters: list[Any]) -> list[Tensor]:
+        Every process computes as many, since its model may communicate with theirs: some compute
+        one that counts elsewhere.
+        """
+        rank = data_rank(self.engine.trainer.strategy)
+        for first in range(0, count, processes()):
+            number = first + rank
+            gradient, norm = self._gradient(number % count, parameters)
+            if number < count and bool(norm.isfinite()):
+                yield gradient, norm
+
+    def _gradient(self, number: int, parameters: list[Any]) -> tuple[list[Tensor], Tensor]:
+        """With a loss scaled down, on all processes, until it fits into the precision."""
         seed = (self._seed + crc32(f"{self.name} {number}".encode())) % 2**62
-        loss = self.engine.passes.loss_of(self._batch(number, seed), seed, self.name)
-        scaler = getattr(self.engine.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:  # a direction does not know of a factor; float16 does
-            loss = loss * scaler.get_scale()
+        device = self.engine.trainer.strategy.root_device
+        while True:
+            batch = self._together(partial(self._batch, number, seed))
+            gradient = self._together(partial(self._of, batch, seed, parameters))
+            norm = torch.stack(torch._foreach_norm(gradient)).norm()
+            if self._scale <= 1.0 or not anywhere(not bool(norm.isfinite()), device):
+                return gradient, norm
+            self._scale = max(1.0, self._scale / 16)
+
+    def _of(self, batch: Any, seed: int, parameters: list[Any]) -> list[Tensor]:
+        loss = self.engine.passes.loss_of(batch, seed, self.name) * self._scale
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        scale = 1.0 if scaler is None else 1.0 / scaler.get_scale()
         return [
             torch.zeros_like(parameter, dtype=torch.float32)
             if each is None
-            else each.float() * scale
+            else each.float() / self._scale
             for each, parameter in zip(gradients, parameters, strict=True)
         ]
+
+    def _together(self, work: Callable[[], Value]) -> Value:
+        """What ``work`` returns, or an error on every process if it raised one on some."""
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        if anywhere(failure is not None, self.engine.trainer.strategy.root_device):
+            raise failure or AuxiliaryError(
+                f"{self.name}: a mini-batch could not be measured on another process; the error is "
+                f"in the output of that process."
+            )
+        return done
 
     def _batch(self, number: int, seed: int) -> Any:
         trainer = self.engine.trainer
         loader = trainer.train_dataloader
-        with isolate_rng(
-            include_cuda=torch.cuda.is_available()
-        ):  # augmentations, the same in every measurement
-            torch.manual_seed(seed)
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
+        # Augmentations: the same in every measurement.
+        with drawing_from(seed, trainer.strategy.root_device):
             batch = loader.collate_fn([loader.dataset[index] for index in self._groups[number]])
             batch = trainer.precision_plugin.convert_input(batch)
             batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.random_states import RandomStates
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
 
@@ -29,6 +30,19 @@ class Capture:
         self._hooks: dict[str, _Hook] = {}
         self._globs: dict[str, list[str]] = {}
         self.record: Record | None = None
+        self.draws_on: torch.device | None = None
+        """The model's device, if the random streams are noted."""
+
+    def random_states(self) -> RandomStates | None:
+        """Where the random streams stand, if they are noted and it can be known."""
+        if self.draws_on is None or torch.compiler.is_compiling():
+            return None
+        return RandomStates.now(self.draws_on)
+
+    def note_random(self, paths: Iterable[str], when: Literal["entered", "left"]) -> None:
+        """Note where the random streams stand at every call of these hooked modules."""
+        for path in paths:
+            self._hooks[path].notes_random.add(when)
 
     def add(self, paths: Iterable[str], asked_by: str) -> None:
         """Hook the modules at ``paths`` (globs allowed).
@@ -91,7 +105,7 @@ class Capture:
         """Remove every hook."""
         self.drop(list(self._hooks))
         self._globs.clear()
-        self.record = None
+        self.record = self.draws_on = None
 
     def __contains__(self, path: str) -> bool:
         return path in self._hooks
@@ -135,6 +149,8 @@ class _Hook:
     def __init__(self, capture: Capture, path: str, module: nn.Module) -> None:
         self._capture = capture
         self._path = path
+        self.notes_random: set[str] = set()
+        self._random: RandomStates | None = None
         self.copies_input = self.copies_output = True
         self.overwrites_input = self.overwrites_output = False
         self._entered: tuple[Given, list[int]] = ((), {}), []
@@ -160,6 +176,8 @@ class _Hook:
         given: Given = apart((arguments, keywords))
         self._clones = tree_map_only(Tensor, Tensor.clone, given) if self.copies_input else given
         self._entered = given, versions(given)
+        if "entered" in self.notes_random:
+            self._random = self._capture.random_states()
 
     def _leave(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
@@ -173,18 +191,25 @@ class _Hook:
             record.add(self._path, Call(arguments, keywords, kept))
             return
         (given, before), self._entered = self._entered, (((), {}), [])
-        copied = self.copies_output and isinstance(returned, Tensor) and not returned.is_inference()
-        kept = returned.clone() if copied else returned
+        own = apart(returned)  # the user may append to a list that the module returned
+        kept = tree_map_only(Tensor, _clone, own) if self.copies_output else own
         clones, self._clones = self._clones, ((), {})
         call = _Captured(*clones, kept, hook=self)
         call.given, call.given_versions = given, before
-        call.original, call.original_versions = returned, versions(returned)
+        call.original, call.original_versions = own, versions(own)
+        call.entered, self._random = self._random, None
+        if "left" in self.notes_random:
+            call.left = self._capture.random_states()
         record.add(self._path, call)
 
 
 def is_as_returned(call: Call) -> bool:
     """Whether what was captured is what the module returned, and the model has not touched it."""
     return isinstance(call, _Captured) and call.returned is call.original
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_inference() else tensor.clone()
 
 
 def has_compiled_parts(module: nn.Module) -> bool:

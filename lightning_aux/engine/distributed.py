@@ -14,6 +14,7 @@ from lightning_aux.engine.errors import AuxiliaryError
 
 __all__ = [
     "Route",
+    "anywhere",
     "check_strategy",
     "collect_rows",
     "data_rank",
@@ -60,6 +61,15 @@ def same_everywhere(number: int, device: torch.device) -> int:
     dist.broadcast(halves, 0)
     high, low = halves.tolist()
     return int(high) << 32 | int(low)
+
+
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on some process; all of them have to ask, and wait for each other."""
+    if processes() == 1:
+        return here
+    told = torch.tensor([float(here)], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told)
 
 
 def from_everyone(value: Any) -> list[Any]:

@@ -46,6 +46,7 @@ class ModelCall:
         ]
         self._own_hooks = [name for name in self._candidates if name not in self._capture]
         self._capture.add(self._own_hooks, "the engine")
+        self._capture.note_random(self._candidates, "entered")
 
     def bind(self, record: Record) -> None:
         """Decide which call it is, once, from what the first step called."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_aux.engine.capture import apart
 from lightning_aux.engine.distributed import data_rank
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.random_states import RandomStates, seed_everything
 from lightning_aux.engine.replay import Unobserved
 from lightning_aux.engine.step import Call, Record, StepState
 
@@ -33,8 +34,7 @@ class Passes:
         self._engine = engine
         self._capture = engine.capture
         self._unobserved = Unobserved(engine.module)
-        # A whole step also updates the metrics that the model's forward does not know of.
-        self._unobserved_step = Unobserved(engine.module)
+        self._unobserved_step = Unobserved(engine.module, whole_steps=True)
 
     run_step: Callable[[Any], Any]
     """The user's own ``training_step`` on another batch, with the other arguments of this one."""
@@ -100,12 +100,20 @@ class Passes:
             keywords: likewise.
             tail: the module that the pass begins with; what ran before is taken from the step.
         """
+        engine = self._engine
         record = Record(state.record.batch, "the second pass")
-        run = self._engine.model_call.again(state.record, asked_by, arguments, keywords)
+        run = engine.model_call.again(state.record, asked_by, arguments, keywords)
+        seed = self._seed(state, asked_by)
         before, self._capture.record = self._capture.record, record
         try:
-            with self._from(tail, state, self._unobserved, asked_by):
-                run()
+            if tail is None:
+                device, draw = state.loss.device, partial(seed_everything, seed)
+                with self._unobserved.repeated(device, draw):
+                    run()
+            else:
+                entered = engine.model_call.of(state.record, asked_by).entered
+                with self._from(tail, entered, seed, state, self._unobserved, asked_by):
+                    run()
         finally:
             self._capture.record = before
         return record
@@ -116,9 +124,10 @@ class Passes:
         Raises:
             AuxiliaryError: the step returns no loss.
         """
+        began, seed = state.record.began, self._seed(state, asked_by)
         before, self._capture.record = self._capture.record, None
         try:
-            with self._from(tail, state, self._unobserved_step, asked_by):
+            with self._from(tail, began, seed, state, self._unobserved_step, asked_by):
                 output = self.run_step(apart(state.record.batch))
         finally:
             self._capture.record = before
@@ -129,7 +138,7 @@ class Passes:
 
         Args:
             batch: on the device, as ``training_step`` takes it.
-            seed: of the random numbers that the model draws.
+            seed: of the random numbers that the step draws.
             asked_by: begins the message of an error.
 
         Raises:
@@ -140,7 +149,7 @@ class Passes:
         try:
             with (
                 torch.compiler.set_stance("force_eager"),
-                self._unobserved_step.repeated(device, seed),
+                self._unobserved_step.repeated(device, partial(seed_everything, seed)),
             ):
                 return self._loss_in(self.run_step(batch), asked_by)
         finally:
@@ -155,25 +164,35 @@ class Passes:
             )
         return loss
 
-    @contextmanager
-    def _from(
-        self, tail: str | None, state: StepState, unobserved: Unobserved, asked_by: str
-    ) -> Iterator[None]:
+    def _seed(self, state: StepState, asked_by: str) -> int:
+        """Of the next pass: from the run's seed and the place alone.
+
+        So a resumed run draws the same, and processes that see other data draw other masks.
+        """
         trainer = self._engine.trainer
         state.passes += 1
         where = (asked_by, trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
-        # Of the run's seed and the place alone, so that a resumed run draws the same; processes
-        # that see other data draw other masks.
         drawn = crc32(repr((*where, data_rank(trainer.strategy))).encode())
-        seed = (torch.initial_seed() + drawn) % 2**63
-        if tail is None:
-            with unobserved.repeated(state.loss.device, seed):
-                yield
-            return
-        known = self._engine.tail(tail, asked_by).remembered(state.record)
+        return (torch.initial_seed() + drawn) % 2**63
+
+    @contextmanager
+    def _from(
+        self,
+        tail: str,
+        began: RandomStates | None,
+        seed: int,
+        state: StepState,
+        unobserved: Unobserved,
+        asked_by: str,
+    ) -> Iterator[None]:
+        """What comes before the tail is as it was, random numbers too; then ``seed`` counts."""
+        rest = self._engine.tail(tail, asked_by)
+        known = rest.remembered(state.record, partial(seed_everything, seed))
+        # A compiled model does not say where its random streams stood.
+        draw = partial(seed_everything, seed) if began is None else began.restore
         # What is compiled would have the modules that remember compiled into it.
         with (
             torch.compiler.set_stance("force_eager"),
-            unobserved.repeated(state.loss.device, seed, known),
+            unobserved.repeated(state.loss.device, draw, known),
         ):
             yield

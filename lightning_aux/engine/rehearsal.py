@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,14 +23,13 @@ __all__ = ["Rehearsal"]
 class Rehearsal:
     """Restores, bit for bit, what optimizer steps change.
 
-    Parameters, buffers, optimizer state, gradient scaler, random streams (torch's, Python's and
-    NumPy's), metrics and Lightning's progress; what is logged meanwhile is dropped. Hooks of other
-    callbacks do fire.
+    Parameters, buffers, optimizer state, gradient scaler, random streams, metrics and Lightning's
+    progress; what is logged meanwhile is dropped. Hooks of other callbacks do fire.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._trainer, self._module = engine.trainer, engine.module
-        self._unobserved = Unobserved(engine.module)
+        self._unobserved = Unobserved(engine.module, whole_steps=True)
 
     def stop(self) -> None:
         """Undo what an interrupted one has left."""
@@ -63,10 +60,6 @@ class Rehearsal:
         scale = None if scaler is None else scaler.state_dict()
         progress = self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
         counted = progress.state_dict()
-        drawn = random.getstate()
-        # Where nobody has imported it, nobody draws from it.
-        numpy = sys.modules.get("numpy")
-        numpy_drawn = None if numpy is None else numpy.random.get_state()
 
         def undo() -> None:
             with torch.no_grad():
@@ -79,9 +72,6 @@ class Rehearsal:
             if scaler is not None:
                 scaler.load_state_dict(scale)
             progress.load_state_dict(counted)
-            random.setstate(drawn)
-            if numpy is not None:
-                numpy.random.set_state(numpy_drawn)
 
         with self._unobserved.undone(undo, self._trainer.strategy.root_device):
             yield

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lightning_aux.engine.patches import Patches
+from lightning_aux.engine.random_states import RandomStates
 
 __all__ = ["Unobserved"]
 
@@ -25,16 +26,20 @@ _COUNTERS = ("_update_count", "_computed", "_forward_cache")
 class Unobserved:
     """Contexts for a second pass of a step through the model, of which nothing is kept.
 
-    The random stream is put back, ``self.log`` is silent, metrics that the model updates in its
-    ``forward`` are as they were, and so are buffers (BatchNorm's running statistics). Forward hooks
-    of the user's own fire a second time.
+    The random streams are put back, ``self.log`` is silent, metrics are as they were, and so are
+    buffers (BatchNorm's running statistics). Forward hooks of the user's own fire a second time.
+
+    Args:
+        module: the user's.
+        whole_steps: not only the model's forward runs, of which the metrics that it updates are
+            known after the first pass, but a ``training_step``, which may update any at any time.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, whole_steps: bool = False) -> None:
         self._module = module
-        # Watched in the first pass; after it only those that the model updates in its forward.
         self._metrics = [each for each in module.modules() if isinstance(each, Metric)]
-        self._settled = False
+        self._settled = whole_steps
+        self._draws_elsewhere: bool | None = None  # in evaluation, from Python's or NumPy's stream
         self._written: set[tuple[int, str]] | None = None  # holder and key of a buffer
         self._undone: list[Callable[[], None]] = []  # what is still to be undone
 
@@ -54,8 +59,11 @@ class Unobserved:
         )
         with self._undoing(partial(_set_training, modules, True)):
             _set_training(modules, False)
-            with self._buffers_kept(), self._aside(device), torch.no_grad(), autocast:
+            kept = self._aside(device, libraries=self._draws_elsewhere is not False)
+            with self._buffers_kept(), kept as before, torch.no_grad(), autocast:
                 yield
+                if self._draws_elsewhere is None:  # a property of the model, as the buffers are
+                    self._draws_elsewhere = before.libraries_moved()
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
@@ -95,17 +103,17 @@ class Unobserved:
     def repeated(
         self,
         device: torch.device,
-        seed: int,
+        draw: Callable[[], None],
         remembering: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
     ) -> Iterator[None]:
-        """Training mode and gradients, with random numbers of its own.
+        """Training mode and gradients.
 
         The model writes its running statistics into copies. The originals belong to the graph of
         the first pass too: written to once more, its backward would be refused.
 
         Args:
             device: where the model is.
-            seed: of the random numbers.
+            draw: puts the random streams to where the pass begins.
             remembering: modules that do not run, and what is called in place of their ``forward``.
         """
         buffers = [
@@ -123,7 +131,7 @@ class Unobserved:
             for module, function in remembering.items():
                 patches.set(module, "forward", function)
             with self._aside(device):
-                torch.manual_seed(seed)
+                draw()
                 yield
 
     @contextmanager
@@ -148,13 +156,14 @@ class Unobserved:
             self._undone.remove(undo)  # not the last: an interrupted one within stays
 
     @contextmanager
-    def _aside(self, device: torch.device) -> Iterator[None]:
+    def _aside(self, device: torch.device, libraries: bool = True) -> Iterator[RandomStates]:
         own = self._module.__dict__
         log: dict[str, Any] = {name: own[name] for name in _LOGGING if name in own}
-        cuda = [device] if device.type == "cuda" else []
         metrics = [_contents(each) for each in self._metrics]
+        drawn = RandomStates.now(device, libraries)
 
         def undo() -> None:
+            drawn.restore()
             for name in _LOGGING:
                 own.pop(name, None)
             own.update(log)
@@ -162,8 +171,7 @@ class Unobserved:
 
         with self._undoing(undo):
             own.update(dict.fromkeys(_LOGGING, _silent))
-            with torch.random.fork_rng(devices=cuda):
-                yield
+            yield drawn
 
     def _put_back(self, metrics: list[dict[str, Any]]) -> None:
         updated = []
@@ -190,9 +198,12 @@ def _hold(buffers: list[tuple[dict[str, Any], str, Tensor]]) -> None:
 def _contents(metric: Metric) -> dict[str, Any]:
     names = (*metric._defaults, *_COUNTERS)
     # Tensors with their graph: a loss may be a metric, which remembers the value it returned.
-    held = {name: metric.__dict__[name] for name in names}
-    copies: dict[str, Any] = tree_map_only(Tensor, Tensor.clone, held)
-    return copies
+    # What a list has collected is never written to: a copy of the list is enough.
+    return {name: _copied(metric.__dict__[name]) for name in names}
+
+
+def _copied(held: Any) -> Any:
+    return held.copy() if isinstance(held, list) else tree_map_only(Tensor, Tensor.clone, held)
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:

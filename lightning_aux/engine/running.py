@@ -68,8 +68,10 @@ class Running:
                 return forward(*args, **kwargs)
             given, named = apart((args, kwargs))
             before = versions((given, named))
+            random = self._capture.random_states()
             returned = forward(*args, **kwargs)
-            call = Call(given, named, returned, overwritten=versions((given, named)) != before)
+            call = Call(given, named, apart(returned), versions((given, named)) != before)
+            call.entered = random
             self._capture.record.add("", call)
             return returned
 
@@ -117,6 +119,7 @@ class Running:
         batch_idx = self._trainer.fit_loop.epoch_loop.batch_idx
         state = self._now = StepState(record, batch_idx, now)
         stepped = engine.clocks.copy()
+        record.began = self._capture.random_states()
         try:
             self._capture.record = record
             state.output = training_step(*args, **kwargs)

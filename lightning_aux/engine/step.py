@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_aux.engine.distributed import data_rank, data_ranks, gather_rows, processes
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.random_states import RandomStates
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Call:
     overwritten: bool = False
     lost: tuple[str, ...] = ()
     """What of it the model has overwritten before it could be copied: ``features``, ``input``."""
+    entered: RandomStates | None = None
+    """Where the random streams stood, if somebody repeats a part of the step."""
+    left: RandomStates | None = None
+    """Likewise when it returned."""
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Record:
     spent: set[str] = field(default_factory=set)
     sequence: list[str] = field(default_factory=list)
     """The paths in the order in which their calls returned."""
+    began: RandomStates | None = None
+    """Where the random streams stood, if somebody repeats a part of the step."""
 
     def add(self, path: str, call: Call) -> None:
         self.sequence.append(path)
@@ -405,7 +412,8 @@ class Step(Pass):
         """Repetitions of this step from the module at ``path`` on, declared with ``engine.tail``.
 
         Everything that ran before that module's call is taken from the step itself, gradients
-        included; the rest is computed again with other random numbers, of our own.
+        included; what is computed before it outside of modules is computed again, with the random
+        numbers that the step drew there. From that call on the random numbers are our own.
         """
         return Repeats(self, path)
 

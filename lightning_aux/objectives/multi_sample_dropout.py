@@ -25,17 +25,14 @@ class MultiSampleDropout(Objective):
     The term is ``(1/M) Σ lossₘ − loss₁``, so that with ``weight=1`` the total is the mean. The
     losses come from the user's own ``training_step``, run again from the dropout layer on (what it
     logs, and its metrics and BatchNorm statistics, stay those of the first run), or from ``loss``.
-    Masks are drawn from random numbers of our own; with ``samples=1`` training is bit-identical
-    to training without.
-
-    Note:
-        A ``training_step`` that draws random numbers before the layer (mixup, a permutation) draws
-        others in each repetition, while remembered features are of the first: draw them in the
-        dataloader, or give ``loss``.
+    Masks are drawn from random numbers of our own; what the step draws before the layer (mixup, a
+    permutation) is the same in each repetition. With ``samples=1`` training is bit-identical to
+    training without.
 
     Args:
         dropout: module path of the dropout layer. What follows it, in whatever code, is repeated;
-            so is what the step computes before it outside of modules.
+            so is what the step computes before it outside of modules. Not within a function that
+            ``torch.utils.checkpoint`` runs.
         samples: M, the number of masks; 8 in most of the paper.
         loss: ``(logits, target) -> scalar``, in place of the user's own loss; needed in manual
             optimisation. Then the mean is of this loss, and what else is in the user's loss
@@ -46,7 +43,7 @@ class MultiSampleDropout(Objective):
     Raises:
         AuxiliaryError: fewer samples than one; before training, for a path that names no module,
             or several, and in manual optimisation without ``loss``; in a step that does not call
-            the layer.
+            the layer, or calls it within ``torch.utils.checkpoint``.
     """
 
     def __init__(

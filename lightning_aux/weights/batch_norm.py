@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_aux.engine.distributed import processes
+from lightning_aux.engine.distributed import anywhere, processes
 from lightning_aux.engine.replay import Unobserved
 
 __all__ = ["as_in_training", "measured_norms", "recompute_batch_norm"]
@@ -41,7 +41,7 @@ def as_in_training(
         forward: ``(module, batch) -> output`` in place of ``training_step``, see `Taps`.
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
-    unobserved = Unobserved(module)
+    unobserved = Unobserved(module, whole_steps=True)
     batch_idx = 0
 
     def call(batch: Any) -> Any:
@@ -175,13 +175,8 @@ def recompute_batch_norm(
 
 def _agree(failure: Exception | None, device: torch.device) -> None:
     """Raise ``failure``, and on the other processes that there is one: they wait for this one."""
-    failed = torch.tensor([float(failure is not None)], device=device)
-    if processes() > 1:
-        dist.all_reduce(failed)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise RuntimeError("another process could not run the module; see its output")
+    if anywhere(failure is not None, device):
+        raise failure or RuntimeError("another process could not run the module; see its output")
 
 
 def _shown(batches: Iterable[Any], progress: bool, total: int | None) -> Iterable[Any]:

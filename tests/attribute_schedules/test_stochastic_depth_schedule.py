@@ -582,10 +582,14 @@ class Counted(nn.Module):
         (Counted, r"block 'blocks\.0' does not map a tensor to a tensor"),
     ],
 )
-def test_a_block_that_has_nothing_to_pass_on_is_a_named_error(make, message, plain_trainer):
+@pytest.mark.parametrize("rate", [0.5, "step(0, 0.5, at=5)"])
+def test_a_block_that_has_nothing_to_pass_on_is_an_error_in_the_first_step_at_any_rate(
+    make, message, rate, plain_trainer
+):
     model = Net(make=make, blocks=1)
     with pytest.raises(AuxiliaryError, match=message):
-        fit(plain_trainer, model, [aux.StochasticDepthSchedule(0.5, "blocks.0")])
+        fit(plain_trainer, model, [aux.StochasticDepthSchedule(rate, "blocks.0")])
+    assert model.global_step == 0
     assert "forward" not in vars(model.blocks[0])
 
 

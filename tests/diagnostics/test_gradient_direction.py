@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import random
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,7 @@ import lightning_aux as aux
 from lightning_aux.functional import direction_error, direction_variance
 from tests.contract.models import Classifier, Samples
 from tests.contract.training import fit, identical, optimizer_state, random_state, seeded, weights
+from tests.two_processes import run_script
 
 N, SIZE = 40, 8
 
@@ -133,6 +138,84 @@ def test_dropout_that_makes_gradients_noisier_shows():
     assert found[1]["variance"] > 0.05
 
 
+# ---------------------------------------------------------------------- gradients out of range
+def measured_in_half_precision(scale: float) -> dict[str, float]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    callback = aux.GradientDirection(batches=3, full=4, every="100%")
+    plugin = L.pytorch.plugins.MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fit(seeded(Classifier), [callback], DataLoader(Samples(N), SIZE), max_epochs=1, plugins=plugin)
+    return callback.measured[0][1]
+
+
+def test_a_scale_at_which_float16_overflows_changes_no_measurement() -> None:
+    low, high = measured_in_half_precision(2.0**4), measured_in_half_precision(2.0**30)
+    for key in ("variance", "error", "norm"):
+        assert high[key] == pytest.approx(low[key], rel=1e-2)
+
+
+class Spoilt(Samples):
+    """Some samples are NaN."""
+
+    def __init__(self, spoilt: int) -> None:
+        super().__init__(N)
+        self.spoilt = range(spoilt)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return (x * float("nan") if index in self.spoilt else x), y
+
+
+def test_a_mini_batch_without_a_finite_gradient_is_left_out_and_said() -> None:
+    model = seeded(Classifier, norm=True)
+    state = weights(model)
+    callback = aux.GradientDirection(batches=5, full=5, every="100%")
+    with pytest.warns(UserWarning, match="gradient_direction has left out 2 of 10 mini-batches"):
+        fit(model, [callback], DataLoader(Spoilt(1), SIZE), max_epochs=1)
+    rest = [rows for rows in callback._groups if 0 not in rows]
+    callback._groups = rest
+    variance, error, norm = by_hand(state, callback, 4, 4)
+    found = callback.measured[0][1]
+    assert len(rest) == 4
+    assert found["variance"] == pytest.approx(variance, abs=1e-5)
+    assert found["error"] == pytest.approx(error, abs=1e-5)
+    assert found["norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_where_too_few_are_left_nothing_is_noted() -> None:
+    callback = aux.GradientDirection(batches=5, every="100%")
+    with pytest.warns(UserWarning, match="has left out 10 of 10"):
+        fit(seeded(Classifier), [callback], DataLoader(Spoilt(N), SIZE), max_epochs=1)
+    assert callback.measured == []
+
+
+# --------------------------------------------------------------------------------- two processes
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradient_direction")
+    run_script(str(Path(__file__).with_name("two_processes.py")), folder, timeout=120)
+    return folder
+
+
+@pytest.mark.xdist_group("gradient_direction")
+def test_two_processes_whose_model_communicates_find_what_one_process_finds(two_processes):
+    callback = aux.GradientDirection(batches=3, full=5, every="100%")
+    fit(seeded(Classifier, norm=True), [callback], DataLoader(Samples(N), SIZE), max_epochs=1)
+    for rank in (0, 1):
+        found = json.loads((two_processes / f"measured.{rank}.json").read_text())
+        for key in ("variance", "error", "norm"):
+            assert found[key] == pytest.approx(callback.measured[0][1][key], rel=1e-4)
+
+
+@pytest.mark.xdist_group("gradient_direction")
+def test_an_error_on_one_process_is_an_error_on_both(two_processes):
+    first, second = (
+        json.loads((two_processes / f"raised.{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert first[0] == "AuxiliaryError"
+    assert "could not be measured on another process" in first[1]
+    assert second == ["ValueError", "only here"]
+
+
 # ------------------------------------------------------------------------------------ no harm
 MODEL = {"dropout": 0.3, "norm": True, "optimizer": "adam"}
 
@@ -156,6 +239,26 @@ def test_training_is_bit_identical_to_training_without(precision: str, accumulat
     assert identical(weights(plain), weights(watched))
     assert identical(optimizer_state(before), optimizer_state(after))
     assert identical(plain_random, random_state())
+
+
+class Drawing(Classifier):
+    """Draws with NumPy and Python in its step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return super().training_step((x * float(numpy.random.rand() + random.random()), y), 0)
+
+
+def test_what_the_step_draws_with_numpy_and_python_is_put_back_and_the_same_each_time() -> None:
+    results = []
+    callback = aux.GradientDirection(every=2, batches=3, full=2)
+    for added in ([], [callback]):
+        module = seeded(Drawing, lr=0.0)
+        fit(module, added, DataLoader(Samples(N), SIZE), max_epochs=1)
+        results.append(random_state())
+    assert identical(*results)
+    norms = [found["norm"] for _, found in callback.measured]
+    assert norms == [norms[0]] * 3
 
 
 def test_measurements_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from typing import Any
 
 import lightning as L
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,30 @@ def test_a_teacher_logs_nothing_and_updates_no_metric(plain_trainer):
     assert trainer.callback_metrics["again"] == 1.0
     assert model.mean.compute() == 1.0
     assert model.mean._update_count == len(rows())
+
+
+class Drawing(Classifier):
+    """Draws with NumPy and Python, in evaluation too, as masked autoencoders do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[:, [0]] * float(numpy.random.rand() + random.random())
+        return super().forward(torch.cat([kept, x[:, 1:]], dim=1))
+
+
+class Again(aux.Objective):
+    def loss(self, step: aux.Step) -> Tensor:
+        return step.again().logits.square().mean()
+
+
+@pytest.mark.parametrize("added", [distilled, lambda: [Again()]], ids=["teacher", "again"])
+def test_what_a_second_pass_draws_with_numpy_and_python_is_put_back(added, plain_trainer):
+    streams = []
+    for callbacks in ([], added()):
+        numpy.random.seed(3)
+        random.seed(3)
+        plain_trainer(callbacks=callbacks).fit(Drawing(), rows())
+        streams.append((numpy.random.rand(), random.random()))
+    assert streams[0] == streams[1]
 
 
 class PseudoLabelled(Classifier):

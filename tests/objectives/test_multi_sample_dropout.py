@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning as L
+import numpy
 import pytest
 import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_aux as aux
@@ -165,6 +168,26 @@ def test_statistics_metrics_logs_and_the_random_stream_are_those_of_the_first_ru
     assert trainers[0].logged_metrics["loss"] == trainers[1].logged_metrics["loss"]
 
 
+def test_a_metric_that_is_updated_first_in_a_later_step_is_put_back():
+    class Later(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = torchmetrics.MeanMetric()
+            self.values = torchmetrics.CatMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx > 1:
+                self.late.update(float(batch_idx))
+                self.values(float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    model = seeded(Later)
+    fit(model, [aux.MultiSampleDropout("masked", 3)], DataLoader(Samples(32), 8), max_epochs=1)
+    assert model.late._update_count == model.values._update_count == 2
+    assert float(model.late.compute()) == 2.5
+    assert model.values.compute().tolist() == [2.0, 3.0]
+
+
 def test_a_resumed_run_draws_the_masks_of_an_uninterrupted_one(tmp_path):
     saving = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
 
@@ -261,6 +284,186 @@ def test_nothing_stays_on_the_modules_after_an_interrupted_repetition():
     with pytest.raises(RuntimeError, match="failed"):
         one_step(model, [aux.MultiSampleDropout("masked", 4)])
     assert {name: each.forward for name, each in model.named_modules()} == own
+
+
+# ---------------------------------------------------------------- what is drawn before the layer
+class Mixing(Net):
+    """Draws with torch, NumPy and Python before the layer, between modules that draw themselves.
+
+    The features are remembered, so their labels have to be mixed as in the step itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = nn.Dropout(0.3)
+        self.drawn: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.noise(self.trunk[0](x))
+        self.turned = torch.randperm(len(h))
+        h = self.trunk[1](h[self.turned]).tanh()
+        return self.head(self.norm(self.shared(self.masked(h))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        share, other = numpy.random.beta(0.4, 0.4), torch.randperm(len(x))
+        flip = random.choice([-1.0, 1.0])
+        logits = self(flip * (share * x + (1 - share) * x[other]))
+        self.drawn.append((share, other.tolist(), flip, self.turned.tolist()))
+        y, mixed = y[self.turned], y[other][self.turned]
+        return share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, mixed)
+
+
+def drawn_in_all(model: Mixing, samples: int) -> bool:
+    return len(model.drawn) == samples and all(each == model.drawn[0] for each in model.drawn)
+
+
+def test_what_the_step_draws_before_the_layer_is_the_same_for_every_mask():
+    """The mean of whole passes with these masks, all of which draw what the step drew."""
+    model = one_step(seeded(Mixing), [aux.MultiSampleDropout("masked", 4)])
+    assert drawn_in_all(model, 4)
+    assert len({tuple(each.flatten().tolist()) for each in model.masked.masks}) == 4
+
+    class ByHand(Mixing):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            began = random_streams()
+            losses = []
+            for _ in range(4):
+                set_random_streams(began)
+                losses.append(super().training_step(batch, batch_idx))
+            return sum(losses) / 4
+
+    by_hand = seeded(ByHand)
+    by_hand.masked.given = list(model.masked.masks)
+    one_step(by_hand, [])
+    assert by_hand.drawn[0] == model.drawn[0]
+    for name, gradient in model.gradients.items():
+        assert torch.allclose(gradient, by_hand.gradients[name], atol=1e-6), name
+
+
+def random_streams() -> Any:
+    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+
+
+def set_random_streams(streams: Any) -> None:
+    torch.set_rng_state(streams[0])
+    numpy.random.set_state(streams[1])
+    random.setstate(streams[2])
+
+
+def test_the_users_streams_go_on_as_without_repetitions():
+    streams = []
+    for added in ([], [aux.MultiSampleDropout("masked", 4)]):
+        one_step(seeded(Mixing), added)
+        streams.append(random_state())
+    assert identical(*streams)
+
+
+def test_with_a_loss_given_what_the_model_draws_before_the_layer_is_the_same():
+    callback = aux.MultiSampleDropout("masked", 3, loss=F.cross_entropy)
+    turned = []
+
+    class Noting(Mixing):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x + torch.randn(()))
+            turned.append(self.turned.tolist())
+            return logits
+
+    one_step(seeded(Noting), [callback])
+    assert len(turned) == 3
+    assert turned[0] == turned[1] == turned[2]
+
+
+# ------------------------------------------------------------------------ what is remembered
+class Listing(nn.Module):
+    """A backbone that returns its stages in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Counted(FEATURES, WIDTH), Counted(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+        h = self.first(x).tanh()
+        return {"stages": [h, self.second(h)]}
+
+
+class Appending(Net):
+    """Appends to the list that the backbone returned, as feature pyramids do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Listing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        stages = self.trunk(x)["stages"]
+        stages.append(stages[-1].tanh())
+        return self.head(self.masked(sum(stages)))
+
+
+def test_what_the_step_appends_to_a_list_of_the_backbone_is_not_remembered():
+    model = one_step(seeded(Appending), [aux.MultiSampleDropout("masked", 4)])
+    by_hand = seeded(Appending)
+    by_hand.masked.given = list(model.masked.masks)
+    x, y = next(iter(DataLoader(Samples(8), 8)))
+    total = 0.0
+    for _ in range(4):
+        logits = by_hand(x)
+        total = total + F.cross_entropy(logits, y) + 0.01 * logits.square().mean()
+    (total / 4).backward()
+    assert model.trunk.first.calls == 1
+    for name, each in by_hand.named_parameters():
+        if each.grad is not None:
+            assert torch.allclose(model.gradients[name], each.grad, atol=1e-6), name
+
+
+# ------------------------------------------------------------------- activation checkpointing
+class Checkpointed(Net):
+    """The trunk is checkpointed, module by module or as a function that does more."""
+
+    def __init__(self, reentrant: bool, way: str) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleList(
+            nn.Sequential(Counted(WIDTH, WIDTH), nn.Dropout(0.3)) for _ in range(2)
+        )
+        self.stem = nn.Linear(FEATURES, WIDTH)
+        self.reentrant, self.way = reentrant, way
+
+    def run(self, function: Any, h: Tensor) -> Tensor:
+        if self.way == "not":
+            return function(h)
+        return checkpoint(function, h, use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        if self.way == "function":
+            h = self.run(lambda h: self.trunk[1](self.trunk[0](h).tanh()).tanh(), h)
+        else:
+            h = self.run(self.trunk[1], self.run(self.trunk[0], h).tanh()).tanh()
+        if self.way == "layer":
+            return self.run(lambda h: self.head(self.masked(h)), h)
+        return self.head(self.masked(h))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("way", ["modules", "function"])
+def test_a_checkpointed_trunk_has_the_gradient_of_a_plain_one(way, reentrant):
+    plain = one_step(seeded(Checkpointed, reentrant, "not"), [aux.MultiSampleDropout("masked", 4)])
+    model = seeded(Checkpointed, reentrant, way)
+    one_step(model, [aux.MultiSampleDropout("masked", 4)])
+    assert identical(plain.masked.masks, model.masked.masks)
+    for name, gradient in plain.gradients.items():
+        assert torch.allclose(gradient, model.gradients[name], atol=1e-6), name
+    if way == "modules" and not reentrant:  # forward, and again in the one backward
+        assert [each[0].calls for each in model.trunk] == [2, 2]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_layer_is_an_error_that_names_it(reentrant):
+    """It would run again, in the backward pass, with other masks than those of the loss."""
+    message = r"'masked' is called within torch\.utils\.checkpoint.*Name a module after"
+    model = seeded(Checkpointed, reentrant, "layer")
+    with pytest.raises(aux.AuxiliaryError, match=message):
+        one_step(model, [aux.MultiSampleDropout("masked", 4)])
 
 
 # ------------------------------------------------------------------------------------ refusals
