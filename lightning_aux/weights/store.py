@@ -18,7 +18,7 @@ from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.engine.taps import plain_path
 from lightning_aux.functional.averages import ema_update_, grouped, move_
-from lightning_aux.functional.shards import gathered, is_sharded, local, part_of
+from lightning_aux.functional.shards import is_sharded, local, part_of, saved
 from lightning_aux.weights.registrations import Registrations
 
 __all__ = ["WeightStore"]
@@ -407,15 +407,14 @@ class WeightStore:
     def state_dict(self, buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All values by the names that the module's own ``named_parameters`` gives.
 
-        Sharded values are gathered one after the other, on the CPU of every process: all processes
-        have to call this together, and a second ``fit`` goes on from them on each.
+        Sharded values are gathered one after the other, on the CPU: all processes have to call this
+        together. See `saved` for who keeps them.
 
         Args:
             buffers: values in place of those of this store.
         """
         self.follow()
-        values = [gathered(each).cpu() if is_sharded(each) else each for each in self._values]
-        held = dict(zip(self._held, values, strict=True))
+        held = {name: saved(each) for name, each in self._held.items()}
         return held | (self.buffers if buffers is None else buffers)
 
     def load_state_dict(
