@@ -72,6 +72,16 @@ def test_a_second_fit_goes_on_from_the_average_in_both_processes(folder: Path, p
         assert shows(run["average"], average(run["history"]))
 
 
+def test_in_host_memory_it_is_the_same_under_ddp_and_refused_of_shards(folder: Path) -> None:
+    for run in ended(folder, "ddp"):
+        pairs = zip(run["offloaded"]["seen"], run["seen"], strict=True)
+        assert all(equal(one, other) for one, other in pairs)
+    for run in ended(folder, "fsdp2"):
+        said = run["offloaded"]["said"]
+        assert said.startswith("ema_weights.teacher: 'encoder.0.weight'")
+        assert "of Sharded are sharded, and offload=True holds whole parameters" in said
+
+
 @every_place
 def test_virtual_steps_leave_both_processes_as_they_were(folder: Path, place: str) -> None:
     for run in ended(folder, place):

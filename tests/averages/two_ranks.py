@@ -115,6 +115,15 @@ def again(place: str) -> dict[str, Any]:
     return {"held": holds.values, "history": module.history, "average": values}
 
 
+def offloaded(place: str) -> dict[str, Any]:
+    """What validation sees of an average in host memory, or the error."""
+    try:
+        module, _ = fit(place, aux.EMAWeights(decay=0.9, offload=True))
+    except aux.AuxiliaryError as error:
+        return {"said": str(error)}
+    return {"seen": module.seen}
+
+
 def results(place: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     saving = ModelCheckpoint(folder, "{epoch}", monitor="val_loss", save_top_k=-1)
@@ -139,6 +148,7 @@ def results(place: str, folder: Path) -> dict[str, Any]:
         "soup": [soup.soup.score, len(soup.soup.members)],
         "paths": [str(soup.path), str(mix.path)],
         "again": again(place),
+        "offloaded": offloaded(place),
     }
 
 
