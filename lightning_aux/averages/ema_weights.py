@@ -49,6 +49,7 @@ class EMAWeights(Attached):
         half_life: see `EMATeacher`.
         length: see `EMATeacher`.
         name: unique name.
+        offload: see `EMATeacher`; for the time of an evaluation the average is on the device.
 
     Raises:
         AuxiliaryError: arguments of an average of its own beside a named ``teacher``; before
@@ -67,6 +68,7 @@ class EMAWeights(Attached):
         half_life: Time | None = None,
         length: float | None = None,
         name: str = "ema_weights",
+        offload: bool = False,
     ) -> None:
         super().__init__(name)
         own: dict[str, Any] = {
@@ -77,6 +79,7 @@ class EMAWeights(Attached):
             "buffers": buffers,
             "half_life": half_life,
             "length": length,
+            "offload": offload,
         }
         self.own_teacher: EMATeacher | None = None
         if teacher is None:
@@ -91,6 +94,7 @@ class EMAWeights(Attached):
                     f"nothing: such arguments belong to the named teacher."
                 )
         self.teacher = teacher
+        self.offload = offload
         self._source: Teacher | None = None
         self._loaded: WeightStore | None = None  # from a checkpoint, to be evaluated
         self._belongs_to: Versions = []  # the weights that the average is one of
@@ -171,7 +175,7 @@ class EMAWeights(Attached):
         state = members.get(self.teacher, {})
         self._source = self._loaded = None
         if "weights" in state and state["updates"]:
-            self._loaded = WeightStore(pl_module)
+            self._loaded = WeightStore(pl_module, offload=self.offload)
             self._loaded.load_state_dict(state["weights"], self.name)
             self._changed = self._warned = False
         else:

@@ -30,6 +30,7 @@ from lightning_aux.engine.running import Running
 from lightning_aux.engine.step import Progress, Step, Vote
 from lightning_aux.engine.tail import Tail
 from lightning_aux.engine.taps import Locations
+from lightning_aux.functional.shards import kept_by_the_first
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -347,7 +348,8 @@ class Engine:
         if STATE_KEY in checkpoint:
             return
         with_optimizer = "optimizer_states" in checkpoint
-        entry = self._entry(with_optimizer) if self._started else self._restored
+        with kept_by_the_first():  # who alone writes the file, or this part of the folder
+            entry = self._entry(with_optimizer) if self._started else self._restored
         if entry:
             checkpoint[STATE_KEY] = entry
 

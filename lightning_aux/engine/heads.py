@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_aux.engine.distributed import shard, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.patches import Patches
-from lightning_aux.functional.shards import gathered, is_sharded, like, local, part_of
+from lightning_aux.functional.shards import is_sharded, like, local, part_of, saved
 
 __all__ = ["Heads"]
 
@@ -302,7 +302,7 @@ def _load_states(
 
 def _saved(value: Any) -> Any:
     """Sharded tensors whole and on the CPU, everything else as it is."""
-    return gathered(value).cpu() if isinstance(value, Tensor) and is_sharded(value) else value
+    return saved(value) if isinstance(value, Tensor) else value
 
 
 def _placed_like(tensor: Tensor, value: Any) -> Any:

@@ -6,12 +6,27 @@ Everything here leaves a plain tensor as it is, so a formula on parameters is wr
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gathered", "is_sharded", "like", "local", "part_of", "sum_over_parts"]
+__all__ = [
+    "gathered",
+    "is_sharded",
+    "kept_by_the_first",
+    "like",
+    "local",
+    "part_of",
+    "saved",
+    "sum_over_parts",
+]
+
+_BY_THE_FIRST: ContextVar[bool] = ContextVar("kept by the first", default=False)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
@@ -46,6 +61,30 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of ``tensor`` on every process: a collective where it is sharded; no gradient."""
     whole: Tensor = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
     return whole
+
+
+def saved(tensor: Tensor) -> Tensor:
+    """``tensor``, of a sharded one the whole on the CPU: a collective, as `gathered` is.
+
+    Within `kept_by_the_first` other processes get a tensor of that shape without values (on torch's
+    device ``meta``), so that they hold one whole tensor at a time.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    whole = gathered(tensor)
+    if _BY_THE_FIRST.get() and dist.get_rank() > 0:
+        return torch.empty_like(whole, device="meta")
+    return whole.cpu()
+
+
+@contextmanager
+def kept_by_the_first() -> Iterator[None]:
+    """A block in which the first process alone keeps what is `saved`: it writes the file."""
+    token = _BY_THE_FIRST.set(True)
+    try:
+        yield
+    finally:
+        _BY_THE_FIRST.reset(token)
 
 
 def part_of(whole: Tensor, tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lightning_aux.functional import (
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
 from lightning_aux.teachers import FrozenTeacher
+from lightning_aux.weights.offload import before_writing
 
 __all__ = ["ParameterAnchor"]
 
@@ -330,6 +331,7 @@ class _Noise:
         self._before = [each.detach().clone() for each in values]
         self._scaled = dict(zip(live, scaled, strict=True))
         self._live = live
+        before_writing()
         torch._foreach_add_(values, scaled)
 
     def onto(self, values: list[Tensor], places: list[int]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from lightning_aux.engine.clock import accumulates
 from lightning_aux.functional import ema_decay, power_decay, power_exponent
 from lightning_aux.schedule import Duration, Schedule, Time
 from lightning_aux.teachers.moving import MovingTeacher
+from lightning_aux.weights.offload import before_writing
 
 __all__ = ["EMATeacher"]
 
@@ -55,13 +56,17 @@ class EMATeacher(MovingTeacher):
             Segmentation", arXiv:2209.06993, FST-D). Costs K more steps for each step. Unlike the
             authors' code, optimizer state, buffers and random numbers (torch's, Python's, NumPy's)
             are restored too.
+        offload: keep the average in host memory. An update then runs beside the next step, and the
+            device has no second copy of the parameters; but each step in which an objective asks
+            this teacher copies the average to the device. For an average that is evaluated
+            (`EMAWeights`) or rarely asked.
 
     Raises:
         AuxiliaryError: ``decay`` outside [0, 1], two of ``decay``, ``half_life`` and ``length``,
             a ``length`` without an exponent, an ``every`` of zero, what is not a time; before
             training, when a time needs a length that this training has not, when objectives of
             different optimizers name it, or the strategy shards parameters in another way than
-            FSDP2.
+            FSDP2, or at all with ``offload``.
 
     Note:
         The memory is one more copy of the parameters in float32. Sharded by FSDP2, each process
@@ -81,8 +86,9 @@ class EMATeacher(MovingTeacher):
         half_life: int | str | Duration | None = None,
         length: float | None = None,
         lookahead: int = 0,
+        offload: bool = False,
     ) -> None:
-        super().__init__(name, every, start, buffers, optimizer)
+        super().__init__(name, every, start, buffers, optimizer, offload)
         own = None if decay == 0.999 else decay
         given = {"decay": own, "half_life": half_life, "length": length}
         named = [f"{key}={value!r}" for key, value in given.items() if value is not None]
@@ -142,9 +148,15 @@ class EMATeacher(MovingTeacher):
                 f"GradientAccumulationScheduler."
             )
 
+    def before_step(self, now: Progress) -> None:
+        super().before_step(now)
+        if self.lookahead:  # whose virtual steps are undone outside of an optimizer
+            before_writing()
+
     def after_virtual_step(self, now: Progress) -> None:
         if self.store is not None:
             self.store.update(self._decay_of(now.steps))
+            before_writing()
 
     def begin(self, module: nn.Module) -> None:
         if self.from_the_start:

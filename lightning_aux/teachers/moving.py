@@ -22,6 +22,7 @@ class MovingTeacher(Teacher):
         start: the time of the first move, likewise; at 0 the first is after ``every``.
         buffers: see `Teacher`.
         optimizer: see `Teacher`.
+        offload: see `Teacher`.
 
     Raises:
         AuxiliaryError: ``every`` or ``start`` is not a time; before training, when this training
@@ -37,8 +38,9 @@ class MovingTeacher(Teacher):
         start: Time,
         buffers: Literal["copy", "average"] = "copy",
         optimizer: int | None = None,
+        offload: bool = False,
     ) -> None:
-        super().__init__(name, buffers, optimizer)
+        super().__init__(name, buffers, optimizer, offload)
         try:
             self.interval = Interval(every, start)
         except ScheduleError as error:

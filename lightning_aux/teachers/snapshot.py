@@ -29,10 +29,13 @@ class _Snapshots(MovingTeacher):
         every: from one snapshot to the next.
         start: the time of the first.
         optimizer: see `Teacher`.
+        offload: see `Teacher`.
     """
 
-    def __init__(self, name: str, every: Time, start: Time, optimizer: int | None) -> None:
-        super().__init__(name, every, start, "copy", optimizer)
+    def __init__(
+        self, name: str, every: Time, start: Time, optimizer: int | None, offload: bool = False
+    ) -> None:
+        super().__init__(name, every, start, "copy", optimizer, offload)
         self.ring: list[WeightStore] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,6 +137,7 @@ class SnapshotTeacher(_Snapshots):
         restart: whether the student begins again after each snapshot. Validation and checkpoints
             between a snapshot and the next training step still see the trained student.
         optimizer: see `EMATeacher`.
+        offload: see `EMATeacher`; of all snapshots, their mean and what ``restart`` keeps.
 
     Raises:
         AuxiliaryError: a ``window`` below 1, ``window`` or ``start`` beside ``restart``; and see
@@ -150,8 +154,9 @@ class SnapshotTeacher(_Snapshots):
         window: int | str | Schedule = 1,
         restart: bool = False,
         optimizer: int | None = None,
+        offload: bool = False,
     ) -> None:
-        super().__init__(name, every, start, optimizer)
+        super().__init__(name, every, start, optimizer, offload)
         if isinstance(window, int) and window < 1:
             raise AuxiliaryError(f"{name}: window={window} counts snapshots: at least 1.")
         if restart and (window != 1 or not self.from_the_start):

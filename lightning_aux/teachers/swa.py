@@ -28,6 +28,7 @@ class SWATeacher(MovingTeacher):
             BatchNorm are not those of the mean weights: ``lightning-aux export`` recomputes them
             (``--recompute-batch-norm``), `EMAWeights` evaluates with what is here.
         optimizer: see `EMATeacher`.
+        offload: see `EMATeacher`.
 
     Raises:
         AuxiliaryError: see `EMATeacher`.
@@ -40,8 +41,9 @@ class SWATeacher(MovingTeacher):
         every: Time = "1ep",
         buffers: Literal["copy", "average"] = "copy",
         optimizer: int | None = None,
+        offload: bool = False,
     ) -> None:
-        super().__init__(name, every, start, buffers, optimizer)
+        super().__init__(name, every, start, buffers, optimizer, offload)
 
     def move(self, steps: int) -> None:
         decay = self.updates / (self.updates + 1)

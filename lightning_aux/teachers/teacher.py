@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Vote
 from lightning_aux.engine.distributed import has_flat_parameters
+from lightning_aux.functional.shards import is_sharded
 from lightning_aux.weights.store import WeightStore
 
 __all__ = ["Teacher"]
@@ -33,10 +34,11 @@ class Teacher(Attached):
         buffers: ``"copy"`` (take BatchNorm statistics from the live module) or ``"average"``.
         optimizer: with several optimizers, the index of the one whose steps move this teacher.
             Default: that of the objectives that name it, else the first.
+        offload: whether its weights are in host memory, see `WeightStore`.
 
     Raises:
         AuxiliaryError: before training, when objectives of different optimizers name one teacher,
-            or the strategy shards parameters in another way than FSDP2.
+            or the strategy shards parameters in another way than FSDP2, or at all with ``offload``.
     """
 
     averages: bool = False
@@ -50,6 +52,7 @@ class Teacher(Attached):
         name: str,
         buffers: Literal["copy", "average"] = "copy",
         optimizer: int | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__(name)
         if buffers not in ("copy", "average"):
@@ -57,6 +60,7 @@ class Teacher(Attached):
                 f"{name}: buffers={buffers!r} is unknown. Choose 'copy' or 'average'."
             )
         self.buffers = buffers
+        self.offload = offload
         self._counts = optimizer
         self._serves: dict[str, int] = {}
         self.updates = 0
@@ -107,6 +111,8 @@ class Teacher(Attached):
                 f"ModelParallelStrategy (FSDP2), or a strategy that keeps whole parameters (single "
                 f"device, ddp)."
             )
+        if self.offload and any(is_sharded(each) for each in engine.module.parameters()):
+            self.new_store(engine.module)  # says what is wrong
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         self._drop()
@@ -134,7 +140,7 @@ class Teacher(Attached):
     def new_store(self, module: nn.Module) -> WeightStore:
         """The live weights as they are now."""
         try:
-            return WeightStore(module, self.buffers)
+            return WeightStore(module, self.buffers, self.offload)
         except AuxiliaryError as error:
             raise AuxiliaryError(f"{self.name}: {error}") from error
 

@@ -18,7 +18,8 @@ from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.engine.taps import plain_path
 from lightning_aux.functional.averages import ema_update_, grouped, move_
-from lightning_aux.functional.shards import gathered, is_sharded, local, part_of
+from lightning_aux.functional.shards import is_sharded, local, part_of, saved
+from lightning_aux.weights.offload import Offload, before_writing, in_host_memory
 from lightning_aux.weights.registrations import Registrations
 
 __all__ = ["WeightStore"]
@@ -51,6 +52,10 @@ class WeightStore:
     The memory is one copy of the parameters and persistent buffers. Lists are cached and made
     again only when torch reports that a parameter or module was registered: `close` ends that.
 
+    With ``offload`` the values of parameters are in host memory (pinned, where the device is CUDA),
+    and `update` returns before it is done: a thread moves them while the device goes on with the
+    next step. Whoever reads them waits for it. Values are those without ``offload``.
+
     Attributes:
         module: whose weights these are.
         buffers: the values of its persistent buffers, by name.
@@ -62,13 +67,22 @@ class WeightStore:
         buffers: ``"copy"`` takes floating-point buffers (BatchNorm statistics) from the live
             module at every update, ``"average"`` averages them like parameters. Integer and
             boolean buffers are always copied.
+        offload: whether the values of parameters are in host memory; buffers, which are small, stay
+            where those of the module are.
 
     Raises:
-        AuxiliaryError: the module has parameters that no batch has given a shape yet.
+        AuxiliaryError: the module has parameters that no batch has given a shape yet, or, with
+            ``offload``, sharded ones.
     """
 
-    def __init__(self, module: nn.Module, buffers: Literal["copy", "average"] = "copy") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        buffers: Literal["copy", "average"] = "copy",
+        offload: bool = False,
+    ) -> None:
         self.module = module
+        self._offload = Offload() if offload else None
         self._gathering = fully_sharded_modules(module)
         self._averages = buffers == "average"
         self._kept: _Kept | None = None
@@ -98,6 +112,13 @@ class WeightStore:
                 f"Run one batch through the module before Trainer.fit, for example in "
                 f"configure_model."
             )
+        sharded = [name for name, each in named.items() if is_sharded(each)]
+        if sharded and self._offload is not None:
+            raise AuxiliaryError(
+                f"{', '.join(map(repr, sharded[:3]))}{' and more' if sharded[3:] else ''} of "
+                f"{type(self.module).__name__} are sharded, and offload=True holds whole "
+                f"parameters. Leave it out: each process holds the average of its own part."
+            )
         # Somebody who wraps a module renames what is in it: here it keeps the name it had at first.
         known = {id(one): name for one, name in zip(self._live, self._held, strict=True)}
         names = [known.get(id(parameter), name) for name, parameter in named.items()]
@@ -111,7 +132,7 @@ class WeightStore:
                 first = name  # another parameter in the place of one that is gone
             value = None if first is None else before.get(first)
             if value is None or value.shape != parameter.shape:
-                value = _float32(parameter.detach())
+                value = self._copy_of(parameter.detach())
             self._held[name] = value
         self._live = list(named.values())
         self._values = list(self._held.values())
@@ -128,9 +149,17 @@ class WeightStore:
         self._planned_for = None
         self._listed = Registrations.count
 
+    def _copy_of(self, parameter: Tensor) -> Tensor:
+        if self._offload is None:
+            return _float32(parameter)
+        half = parameter.dtype in _HALF
+        return in_host_memory(parameter, torch.float32 if half else parameter.dtype)
+
     def close(self) -> None:
-        """Leave nothing behind in torch; the store works on, more slowly."""
+        """Leave neither anything in torch nor a thread; the store works on, more slowly."""
         Registrations.leave(id(self))
+        if self._offload is not None:
+            self._offload.close()
 
     def follow(self) -> None:
         """Take up parameters that have appeared, and forget those that are gone."""
@@ -169,7 +198,12 @@ class WeightStore:
 
     # -------------------------------------------------------------------------------- moving
     def update(self, decay: float) -> None:
-        """Move the average of the parameters: values ← decay · values + (1 − decay) · live."""
+        """Move the average of the parameters: values ← decay · values + (1 − decay) · live.
+
+        Raises:
+            AuxiliaryError: with ``offload``, the update before this one has failed; as whatever
+                reads the values.
+        """
         self.follow()
         parts = list(map(_PART, map(self._live.__getitem__, self._sharded)))
         if self._moves is None or list(map(id, parts)) != self._parts_for:
@@ -178,6 +212,9 @@ class WeightStore:
             values = self._values if not parts else self.parts()
             self._moves = grouped(values, cast("list[Tensor]", live))
             self._held_parts, self._parts_for = parts, list(map(id, parts))
+        if self._offload is not None:
+            self._offload.move(self._moves, decay)
+            return
         for averages, values in self._moves:
             move_(averages, values, decay)
 
@@ -213,6 +250,7 @@ class WeightStore:
         """Write these values into the live module, which keeps its tensors."""
         self.follow()
         self._reshard()
+        before_writing()  # of another store's weights too
         torch._foreach_copy_([local(each) for each in self._live], self.parts())
         for name, _, _, buffer in self._places():
             ours = self.buffers.get(name)
@@ -221,11 +259,17 @@ class WeightStore:
 
     def values(self) -> list[Tensor]:
         """The values of the parameters, in the order of ``named_parameters``."""
+        self._join()
         return self._values
 
     def parts(self) -> list[Tensor]:
         """The same, of sharded ones the parts that are here."""
-        return [local(each) for each in self._values]
+        return [local(each) for each in self.values()]
+
+    def _join(self) -> None:
+        """Wait for an update that is under way."""
+        if self._offload is not None:
+            self._offload.join()
 
     def _follow_buffers(self, buffers: dict[str, Tensor]) -> _Plan:
         """Make ``buffers`` like the live ones by name and shape; how to move them then."""
@@ -270,10 +314,17 @@ class WeightStore:
         return [(id(each), _version(each)) for each in self.module.parameters()]
 
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
-        """The trainable parameters and, in the same order, their values here."""
+        """The trainable parameters and, in the same order, their values here.
+
+        With ``offload`` they are copies on the device of the parameters.
+        """
         self.follow()
+        values = self.values()
+        if self._offload is not None:
+            pairs = zip(values, self._live, strict=True)
+            values = [value.to(live.device, non_blocking=True) for value, live in pairs]
         chosen = [place for place, each in enumerate(self._live) if each.requires_grad]
-        return [self._live[place] for place in chosen], [self._values[place] for place in chosen]
+        return [self._live[place] for place in chosen], [values[place] for place in chosen]
 
     @contextmanager
     def in_place(
@@ -327,6 +378,7 @@ class WeightStore:
 
     def _exchange(self, evaluating: bool, buffers: dict[str, Tensor] | None) -> None:
         self.follow()
+        values = self.values()
         self._again = evaluating, buffers
         buffers = self.buffers if buffers is None else buffers
         kept = [parameter.data for parameter in self._live]
@@ -339,8 +391,8 @@ class WeightStore:
         self._kept = self._live, kept, shards, contents, places
         _IN_PLACE.setdefault(id(self.module), []).append(self)
         if shards:
-            torch._foreach_copy_(shards, [local(self._values[place]) for place in self._sharded])
-        for parameter, value in zip(self._live, self._values, strict=True):
+            torch._foreach_copy_(shards, [local(values[place]) for place in self._sharded])
+        for parameter, value in zip(self._live, values, strict=True):
             if not is_sharded(value):
                 fits = value.dtype == parameter.dtype and value.device == parameter.device
                 parameter.data = value if fits else value.to(parameter)
@@ -407,15 +459,14 @@ class WeightStore:
     def state_dict(self, buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All values by the names that the module's own ``named_parameters`` gives.
 
-        Sharded values are gathered one after the other, on the CPU of every process: all processes
-        have to call this together, and a second ``fit`` goes on from them on each.
+        Sharded values are gathered one after the other, on the CPU: all processes have to call this
+        together. See `saved` for who keeps them.
 
         Args:
             buffers: values in place of those of this store.
         """
         self.follow()
-        values = [gathered(each).cpu() if is_sharded(each) else each for each in self._values]
-        held = dict(zip(self._held, values, strict=True))
+        held = {name: saved(each) for name, each in zip(self._held, self.values(), strict=True)}
         return held | (self.buffers if buffers is None else buffers)
 
     def load_state_dict(
@@ -433,6 +484,7 @@ class WeightStore:
             AuxiliaryError: a name is missing or a shape differs.
         """
         self.follow()
+        self._join()
         state = {plain_path(str(name)): value for name, value in state.items()}
         own = dict(self._held)
         if buffers is None:

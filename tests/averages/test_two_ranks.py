@@ -58,6 +58,31 @@ def test_f02_files_have_the_raw_weights_and_the_average(folder: Path, place: str
 
 
 @every_place
+def test_the_first_process_alone_keeps_whole_shards_for_the_file(folder: Path, place: str) -> None:
+    whole = sum(each.numel() for each in Classifier().parameters())
+    one, other = (run["again"]["held"] for run in ended(folder, place))
+    assert one == [whole]
+    assert other == [0 if place == "fsdp2" else whole]  # under ddp they are the store's own
+
+
+@every_place
+def test_a_second_fit_goes_on_from_the_average_in_both_processes(folder: Path, place: str) -> None:
+    for run in (each["again"] for each in ended(folder, place)):
+        assert len(run["history"]) == 10
+        assert shows(run["average"], average(run["history"]))
+
+
+def test_in_host_memory_it_is_the_same_under_ddp_and_refused_of_shards(folder: Path) -> None:
+    for run in ended(folder, "ddp"):
+        pairs = zip(run["offloaded"]["seen"], run["seen"], strict=True)
+        assert all(equal(one, other) for one, other in pairs)
+    for run in ended(folder, "fsdp2"):
+        said = run["offloaded"]["said"]
+        assert said.startswith("ema_weights.teacher: 'encoder.0.weight'")
+        assert "of Sharded are sharded, and offload=True holds whole parameters" in said
+
+
+@every_place
 def test_virtual_steps_leave_both_processes_as_they_were(folder: Path, place: str) -> None:
     for run in ended(folder, place):
         assert equal(run["ahead"], run["plain"])

@@ -82,9 +82,46 @@ def fit(place: str, *callbacks: Any, saves: bool = False) -> tuple[Whole, L.Trai
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        default_root_dir=sys.argv[1],
     )
     trainer.fit(module, rows(), rows(16))
     return module, trainer
+
+
+class Holds(L.Callback):
+    """How many values of the average are in this process's part of each checkpoint."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        average = checkpoint["lightning_aux"]["members"]["ema_weights.teacher"]["weights"]
+        there = [each for each in average.values() if each.device.type != "meta"]
+        self.values.append(sum(each.numel() for each in there))
+
+
+def again(place: str) -> dict[str, Any]:
+    """Two fits of one Trainer, saved in between: the second goes on from the first."""
+    average, holds = aux.EMAWeights(decay=0.9), Holds()
+    module, trainer = fit(place, average, holds)
+    trainer.save_checkpoint(Path(trainer.default_root_dir) / f"again.{place}.ckpt")
+    halfway = len(module.history)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, rows(), rows(16))
+    del module.history[halfway]  # with which the second fit began: the same once more
+    assert average.own_teacher is not None
+    assert average.own_teacher.store is not None
+    values = {n: each.clone() for n, each in average.own_teacher.store.state_dict().items()}
+    return {"held": holds.values, "history": module.history, "average": values}
+
+
+def offloaded(place: str) -> dict[str, Any]:
+    """What validation sees of an average in host memory, or the error."""
+    try:
+        module, _ = fit(place, aux.EMAWeights(decay=0.9, offload=True))
+    except aux.AuxiliaryError as error:
+        return {"said": str(error)}
+    return {"seen": module.seen}
 
 
 def results(place: str, folder: Path) -> dict[str, Any]:
@@ -110,6 +147,8 @@ def results(place: str, folder: Path) -> dict[str, Any]:
         "curve": mix.curve,
         "soup": [soup.soup.score, len(soup.soup.members)],
         "paths": [str(soup.path), str(mix.path)],
+        "again": again(place),
+        "offloaded": offloaded(place),
     }
 
 

@@ -265,6 +265,7 @@ KINDS: dict[str, Callable[[], list[Any]]] = {
     **{name: partial(each.make, 0.5) for name, each in ENTRIES.items() if name != "generations"},
     "head": lambda: [Sorted()],
     "everything": everything,
+    "offload": lambda: [aux.EMAWeights(decay=0.5, offload=True)],
 }
 
 
@@ -358,6 +359,131 @@ def _launches_of_an_update(device: str, dtype: torch.dtype, most: int) -> str:
     count = _launches(device, lambda: store.update(0.9))
     assert count <= most, f"{count} launches for 500 tensors in {dtype}, not {most}"
     return f"{count} for 500 tensors"
+
+
+# ------------------------------------------------------------------- averages in host memory
+@check
+def an_average_in_host_memory_is_the_one_on_the_device(device: str) -> str:
+    """Evaluations, training, a window, a teacher that is asked in every step, and look-ahead."""
+
+    def seen(on: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+        window = aux.SnapshotTeacher("window", every=4, window=2, offload=on)
+        ahead = aux.EMATeacher(0.8, "ahead", lookahead=2, offload=on)
+        average, module = aux.EMAWeights(decay=0.9, offload=on), new(norm=True)
+        asked = aux.SelfDistillation("ahead", temperature=2.0)
+        fit(module, device, [average, window, ahead, asked])
+        held = weights(module)
+        for teacher in (average.own_teacher, window, ahead):
+            assert teacher is not None
+            assert teacher.store is not None
+            assert teacher.updates > 1
+            places = {each.device.type for each in teacher.store.values()}
+            assert places == ({"cpu"} if on else {device}), places
+            state = teacher.state()["weights"]
+            held |= {f"{teacher.name} {name}": value.cpu() for name, value in state.items()}
+        own = average.own_teacher
+        assert own is not None
+        assert own.store is not None
+        with torch.no_grad(), own.store.in_place(evaluating=True):  # as an evaluation has it
+            inside = [each.detach().clone() for each in module.parameters()]
+        assert {each.device for each in inside} == {module.device}
+        return held, inside
+
+    (there, used), (here, expected) = seen(True), seen(False)
+    assert there.keys() == here.keys()
+    difference = apart(there, here)
+    # On CUDA a product and a sum are rounded once, on a processor perhaps twice.
+    assert difference <= (0 if device == "cpu" else 1e-4), f"{difference:.1e}"
+    far = [float((one - other).abs().max()) for one, other in zip(used, expected, strict=True)]
+    assert max(far) < 1e-4
+    return f"{difference:.1e} apart after {STEPS} steps"
+
+
+def _large(device: str, count: int) -> nn.ParameterList:
+    torch.manual_seed(3)
+    size = (1024, 1024) if device == "cuda" else (16, 16)
+    return nn.ParameterList([nn.Parameter(torch.randn(size)) for _ in range(count)]).to(device)
+
+
+@check
+def an_average_in_host_memory_has_no_memory_of_the_device(device: str) -> str:
+    module = _large(device, 32)
+    whole = sum(each.numel() * each.element_size() for each in module)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    store = WeightStore(module, offload=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        store.update(0.9)
+    assert all(each.device.type == "cpu" for each in store.values())
+    held = 0
+    if device == "cuda":
+        assert all(each.is_pinned() for each in store.values())
+        held = torch.cuda.max_memory_allocated() - before
+        assert held < whole / 100, f"{held} bytes for weights of {whole}"
+    store.close()
+    return f"{held} bytes for weights of {whole}"
+
+
+@check
+def the_next_step_does_not_overwrite_weights_that_are_being_copied(device: str) -> str:
+    """Steps follow each other with nothing in between, so a copy is under way in each."""
+    module = _large(device, 32)
+    there, here = WeightStore(module, offload=True), WeightStore(module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    try:
+        for step in range(10):
+            for each in module:
+                each.grad = torch.full_like(each, 1.0 + step)
+            optimizer.step()
+            here.update(0.5)
+            there.update(0.5)
+        pairs = zip(there.values(), here.values(), strict=True)
+        far = max(float((one.cpu() - other.cpu()).abs().max()) for one, other in pairs)
+    finally:
+        there.close()
+    assert far < 1e-4, f"{far:.1e}, of steps of 1 to 10"  # weights are near 50
+    return f"{far:.1e} apart, of steps of 1 to 10"
+
+
+@check
+def copies_to_host_memory_run_beside_the_next_forward(device: str) -> str:
+    """On CUDA the profiler sees a kernel begin before a copy that was queued earlier has ended."""
+    if device == "cpu":
+        raise Skip("there is one device here, and copies are made at once")
+    from torch.profiler import ProfilerActivity, profile
+
+    module = _large(device, 64)
+    store = WeightStore(module, offload=True)
+    x = torch.randn(2048, 1024, device=device)
+    store.update(0.9)
+    store.values()
+    (x @ module[0]).sum().item()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        store.update(0.9)
+        for each in module:
+            x = (x @ each.detach()).tanh()
+        torch.cuda.synchronize()
+        store.values()
+    ran = [
+        (each.name, each.time_range.start, each.time_range.end)
+        for each in profiled.events()
+        if str(each.device_type).endswith("CUDA")
+    ]
+    copies = [each for each in ran if "DtoH" in each[0]]
+    kernels = [each for each in ran if not each[0].startswith("Mem")]
+    assert len(copies) >= 64, f"{len(copies)} copies"
+    assert kernels, "the profiler has seen no kernel"
+    beside = [
+        name
+        for name, start, end in kernels
+        if any(start < until and since < end for _, since, until in copies)
+    ]
+    store.close()
+    assert beside, "no kernel ran while a copy did"
+    return f"{len(beside)} of {len(kernels)} kernels ran while one of {len(copies)} copies did"
 
 
 # ---------------------------------------------------------------------------- non-finite terms
