@@ -27,17 +27,20 @@ class SelfDistillation(Objective):
 
     On logits ``T² · D(p_teacher, p_student)``, ``p = softmax(z / T)`` (Hinton, Vinyals & Dean
     2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2; with an EMA
-    teacher Tarvainen & Valpola 2017, arXiv:1703.01780), summed over classes and averaged over
-    examples; every position of a sequence or an image is one. On features the distance between
-    the outputs of one module.
+    teacher Tarvainen & Valpola 2017, arXiv:1703.01780; ``"alpha"`` Wang et al. 2021,
+    arXiv:2102.07954), summed over classes and averaged over examples; every position of a sequence
+    or an image is one. On features the distance between the outputs of one module.
 
     Args:
         teacher: name of a teacher among the Trainer's callbacks.
         on: ``"logits"``, or the path or glob of a module whose outputs are compared (a glob gives
             the mean over its modules), or a callable that gets a step and returns features.
-        divergence: on logits ``"kl"`` (forward, KL(teacher ‖ student)), ``"reverse_kl"`` or
-            ``"js"``; on features ``"mse"`` or ``"cosine"``.
-        temperature: T, with the factor T²; logits only.
+        divergence: on logits ``"kl"`` (forward, KL(teacher ‖ student)), ``"reverse_kl"``, ``"js"``,
+            ``"alpha"`` (the larger of two, see `functional.alpha_divergence`), ``"tv"`` (total
+            variation), and of the logits themselves ``"mse"`` or ``"cosine"``; on features
+            ``"mse"`` or ``"cosine"``.
+        temperature: T, with the factor T², for ``"tv"`` T; it cancels in ``"mse"`` and
+            ``"cosine"``. Logits only.
         weight: factor of the term, see `Objective`.
         only_correct: count only the examples whose target the teacher predicts; the others
             contribute 0 and the mean is still over all examples, so that accumulation and several
@@ -45,6 +48,8 @@ class SelfDistillation(Objective):
             the shape of the logits without their class dimension.
         dim: class dimension of the logits: -1 for ``(batch, classes)`` and ``(batch, length,
             classes)``, 1 for dense predictions ``(batch, classes, height, width)``.
+        binary: every logit is a prediction of its own, with a sigmoid: ``(batch, labels)`` summed
+            over the labels, or ``(batch,)``. Logits only, and without ``only_correct``.
         name: unique name for logs and checkpoints.
         taps: where logits and target are.
         nonfinite: ``"raise"`` or ``"skip"``.
@@ -61,11 +66,12 @@ class SelfDistillation(Objective):
         self,
         teacher: str = "ema",
         on: Tap = "logits",
-        divergence: Literal["kl", "reverse_kl", "js", "mse", "cosine"] = "kl",
+        divergence: Literal["kl", "reverse_kl", "js", "alpha", "tv", "mse", "cosine"] = "kl",
         temperature: float = 1.0,
         weight: float | str | Schedule = 1.0,
         only_correct: bool = False,
         dim: int = -1,
+        binary: bool = False,
         name: str | None = None,
         taps: Taps | None = None,
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -91,9 +97,15 @@ class SelfDistillation(Objective):
             )
         if temperature <= 0:
             raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
-        if not on_logits and (temperature != 1.0 or only_correct or dim != -1):
+        if not on_logits and (temperature != 1.0 or only_correct or dim != -1 or binary):
             raise AuxiliaryError(
-                f"{self.name}: temperature, only_correct and dim need on='logits', not {on!r}."
+                f"{self.name}: temperature, only_correct, dim and binary need on='logits', "
+                f"not {on!r}."
+            )
+        if binary and only_correct:
+            raise AuxiliaryError(
+                f"{self.name}: only_correct needs one class index per prediction, which the labels "
+                "of binary=True do not have. Leave one of the two away."
             )
         self.teacher = teacher
         self.on = on
@@ -101,6 +113,7 @@ class SelfDistillation(Objective):
         self.temperature = temperature
         self.only_correct = only_correct
         self.dim = dim
+        self.binary = binary
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
@@ -112,7 +125,9 @@ class SelfDistillation(Objective):
             return self._feature_distance(step, teacher)
         mask = self._correct(teacher.logits, step.target) if self.only_correct else None
         divergence = DIVERGENCES[self.divergence]
-        return divergence(step.logits, teacher.logits, self.temperature, mask, self.dim)
+        return divergence(
+            step.logits, teacher.logits, self.temperature, mask, self.dim, self.binary
+        )
 
     def _correct(self, logits: Tensor, target: Tensor) -> Tensor:
         """Where the teacher predicts the target; nothing is broadcast."""
