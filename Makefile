@@ -72,6 +72,10 @@ mutations: $(STAMP) ## Break every promise once and write docs/mutations.md
 bench-weights: $(STAMP) ## Measure updates of averages beside other libraries; writes docs/benchmarks.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.weights
 
+.PHONY: bench-divergences
+bench-divergences: $(STAMP) ## Measure divergences beside plain torch; writes docs/divergences.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.divergences --write
+
 .PHONY: bench
 bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/benchmarks $(ARGS)

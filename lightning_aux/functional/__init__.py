@@ -13,10 +13,14 @@ from .averages import ema_decay, ema_update_, power_decay, power_exponent, synth
 from .confidence import confidence_penalty, confidences, confident_labels, coverage_loss
 from .divergences import (
     DIVERGENCES,
+    alpha_divergence,
     entropy,
     jensen_shannon_divergence,
     kl_divergence,
+    logit_cosine,
+    logit_mse,
     reverse_kl_divergence,
+    total_variation,
 )
 from .dropout import dropout_rate
 from .early_learning import early_learning_regularization, early_learning_target
@@ -27,17 +31,18 @@ from .logit_size import spectral_decoupling, z_loss
 from .multi_teacher import feature_agreement, kept_teachers
 from .sigmoid import sigmoid_divergence
 from .smoothing import label_smoothing, max_suppression
-from .targets import cross_entropy, target_change
+from .soft_cross_entropy import soft_cross_entropy
+from .targets import target_change
 from .votes import majority_vote, mean_vote
 
 __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
+    "alpha_divergence",
     "confidence_penalty",
     "confidences",
     "confident_labels",
     "coverage_loss",
-    "cross_entropy",
     "data_emphasized_divergence",
     "direction_error",
     "direction_variance",
@@ -54,6 +59,8 @@ __all__ = [
     "kept_teachers",
     "kl_divergence",
     "label_smoothing",
+    "logit_cosine",
+    "logit_mse",
     "majority_vote",
     "max_suppression",
     "mean_vote",
@@ -63,10 +70,12 @@ __all__ = [
     "power_exponent",
     "reverse_kl_divergence",
     "sigmoid_divergence",
+    "soft_cross_entropy",
     "spectral_decoupling",
     "squared_distance",
     "synthesis_weights",
     "target_change",
+    "total_variation",
     "wasserstein_distance",
     "z_loss",
 ]

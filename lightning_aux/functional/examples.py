@@ -33,23 +33,33 @@ def shape_of_examples(logits: Tensor, dim: int) -> list[int]:
     return shape
 
 
+def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
+    """The class dimension counted from 0, if there are examples and the mask has their shape.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    examples = shape_of_examples(logits, dim)
+    if math.prod(examples) == 0:
+        raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
+    if mask is not None and list(mask.shape) != examples:
+        raise ValueError(
+            f"mask must have the shape of the examples {tuple(examples)} (the logits "
+            f"{tuple(logits.shape)} without dimension {dim}), not {tuple(mask.shape)}"
+        )
+    return dim % logits.ndim
+
+
 def prepared(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     """The logits in float32 at least, and 0 where an example does not count.
 
     Padding may hold anything, NaN included, and 0·NaN is NaN, in the gradient too.
 
     Raises:
-        ValueError: no examples, no dimension `dim`, or a mask of another shape than the examples.
+        ValueError: as `checked_dim`.
     """
-    examples = shape_of_examples(logits, dim)
-    if math.prod(examples) == 0:
-        raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
+    checked_dim(logits, mask, dim)
     if mask is not None:
-        if list(mask.shape) != examples:
-            raise ValueError(
-                f"mask must have the shape of the examples {tuple(examples)} (the logits "
-                f"{tuple(logits.shape)} without dimension {dim}), not {tuple(mask.shape)}"
-            )
         logits = logits.masked_fill((mask == 0).unsqueeze(dim), 0)
     return at_least_float32(logits)
 

@@ -1,4 +1,4 @@
-"""The cross entropy with a target, and what another target in its place would change."""
+"""What another target in the place of the one would change in the cross entropy."""
 
 from __future__ import annotations
 
@@ -7,31 +7,7 @@ from torch import Tensor
 
 from .examples import expected, labelled, mean, prepared
 
-__all__ = ["cross_entropy", "target_change"]
-
-
-def cross_entropy(
-    logits: Tensor, target: Tensor, mask: Tensor | None = None, dim: int = -1
-) -> Tensor:
-    """Mean over ALL examples of −Σ_c y_c log q_c, q = softmax(z), in nats.
-
-    Args:
-        logits: z, `(batch, …, classes)`, differentiated.
-        target: y: class indices in the shape of the examples (−100: no label), or probabilities in
-            the shape of the logits; no gradient.
-        mask: the shape of the examples, bool or weights; None keeps all. Unlike torch's loss, what
-            does not count is still counted in the number that the sum is divided by.
-        dim: class dimension.
-
-    Returns:
-        A scalar: float64 for float64 logits, else float32.
-
-    Raises:
-        ValueError: for no examples, a missing dimension, or a target or mask of another shape.
-    """
-    target, counted = labelled(logits, target.detach(), mask, dim)
-    log_q = torch.log_softmax(prepared(logits, mask, dim), dim)
-    return mean(-expected(log_q, target, dim), counted)
+__all__ = ["target_change"]
 
 
 def target_change(
@@ -45,9 +21,11 @@ def target_change(
 
     Args:
         logits: z, `(batch, …, classes)`, differentiated.
-        old: y, as the target of `cross_entropy`.
+        old: y: class indices in the shape of the examples (−100: no label), or probabilities in
+            the shape of the logits; no gradient.
         new: y′, likewise.
-        mask: as in `cross_entropy`.
+        mask: the shape of the examples, bool or weights; None keeps all. The sum is divided by the
+            number of ALL examples.
         dim: class dimension.
 
     Returns:

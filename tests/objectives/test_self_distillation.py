@@ -57,19 +57,47 @@ REFERENCES = {
     "js": lambda student, taught: (
         0.5 * kl(taught, (student + taught) / 2) + 0.5 * kl(student, (student + taught) / 2)
     ),
+    # At these temperatures q/p stays below the clip.
+    "alpha": lambda student, taught: torch.maximum(
+        kl(taught, student), (student**2 / taught - student).sum(-1) / 2
+    ),
+    "tv": lambda student, taught: (student - taught).abs().sum(-1) / 2,
 }
+POWERS = {"tv": 1}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("divergence", REFERENCES)
-def test_on_logits_it_is_the_mean_divergence_of_the_examples_times_t_squared(
+def test_on_logits_it_is_the_mean_divergence_of_the_examples_times_its_power_of_t(
     divergence, temperature, plain_trainer
 ):
     def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
         student, taught = ((z / temperature).softmax(-1) for z in (step.logits, teacher.logits))
-        return temperature**2 * REFERENCES[divergence](student, taught).mean()
+        factor = temperature ** POWERS.get(divergence, 2)
+        return factor * REFERENCES[divergence](student, taught).mean()
 
     fitted(plain_trainer, Checked(reference, divergence=divergence, temperature=temperature))
+
+
+@pytest.mark.parametrize("divergence", ["mse", "cosine"])
+def test_logits_can_be_compared_themselves_whatever_the_temperature(divergence, plain_trainer):
+    def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
+        if divergence == "mse":
+            return F.mse_loss(step.logits, teacher.logits)
+        return (1 - F.cosine_similarity(step.logits, teacher.logits)).mean()
+
+    fitted(plain_trainer, Checked(reference, divergence=divergence, temperature=4.0))
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js", "tv"])
+def test_binary_logits_are_predictions_of_their_own(divergence, plain_trainer):
+    def reference(step: aux.Step, teacher: aux.Pass) -> Tensor:
+        both = ((z / 2).sigmoid() for z in (step.logits, teacher.logits))
+        student, taught = (torch.stack([p, 1 - p], -1) for p in both)
+        factor = 2.0 ** POWERS.get(divergence, 2)
+        return factor * REFERENCES[divergence](student, taught).sum(1).mean()
+
+    fitted(plain_trainer, Checked(reference, divergence=divergence, temperature=2.0, binary=True))
 
 
 @pytest.mark.parametrize("divergence", REFERENCES)
@@ -280,15 +308,17 @@ def test_convolutional_features_are_compared_example_by_example(plain_trainer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"divergence": "mse"}, r"divergence='mse' does not fit on='logits'.*'kl'.*'js'"),
+        ({"divergence": "mae"}, r"divergence='mae' does not fit on='logits'.*'kl'.*'cosine'"),
         ({"on": "encoder"}, r"divergence='kl' does not fit on='encoder'.*'mse', 'cosine'"),
         ({"temperature": -1.0}, r"temperature=-1\.0 must be positive"),
         (
             {"on": "encoder", "divergence": "mse", "temperature": 2.0},
-            r"temperature, only_correct and dim need on='logits', not 'encoder'",
+            r"temperature, only_correct, dim and binary need on='logits', not 'encoder'",
         ),
-        ({"on": "encoder", "divergence": "mse", "only_correct": True}, "dim need on='logits'"),
-        ({"on": "encoder", "divergence": "mse", "dim": 1}, "dim need on='logits'"),
+        ({"on": "encoder", "divergence": "mse", "only_correct": True}, "binary need on='logits'"),
+        ({"on": "encoder", "divergence": "mse", "dim": 1}, "binary need on='logits'"),
+        ({"on": "encoder", "divergence": "mse", "binary": True}, "binary need on='logits'"),
+        ({"binary": True, "only_correct": True}, "only_correct needs one class index.*binary=True"),
         ({"nonfinite": "?"}, r"self_distillation: nonfinite='\?' is unknown"),
     ],
 )

@@ -1,0 +1,51 @@
+"""The cross entropy with targets that are probabilities instead of class indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim
+
+
+def soft_cross_entropy(
+    logits: Tensor, probabilities: Tensor, mask: Tensor | None = None, dim: int = -1
+) -> Tensor:
+    """Mean over examples of −Σ_c p_c log q_c with q = softmax(logits).
+
+    The targets are taken as they are: they may be smoothed, mixed or weighted, and a p that does
+    not sum to 1 gives the sum that it says. Memory as in `kl_divergence`.
+
+    Args:
+        logits: `(batch, …, classes)`, differentiated.
+        probabilities: p, of the same shape; detached.
+        mask: the shape of the examples, bool or 0/1 weights; what it leaves out counts 0, and the
+            mean is still over all examples.
+        dim: class dimension.
+
+    Returns:
+        A scalar in nats: float64 for float64 logits, else float32. A class with p = 0 contributes
+        0, whatever its logit.
+
+    Raises:
+        ValueError: for different shapes, no examples, a class dimension that the logits do not
+            have, or a mask that does not have the shape of the examples.
+    """
+    if logits.shape != probabilities.shape:
+        raise ValueError(
+            "logits and probabilities must have the same shape, but are "
+            f"{tuple(logits.shape)} and {tuple(probabilities.shape)}"
+        )
+    dim = checked_dim(logits, mask, dim)
+
+    def values(logits: Tensor, p: Tensor) -> Tensor:
+        log_q = torch.log_softmax(logits, dim)
+        return -(p * torch.where(p == 0, 0, log_q)).sum(dim)
+
+    def slopes(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(logits, dim)
+        values = -torch.where(p == 0, 0, log_q).mul_(p).sum(dim)
+        return values, log_q.exp_().mul_(p.sum(dim, keepdim=True)).sub_(p)
+
+    return mean_over_examples(logits, probabilities, mask, dim, Measure(values, slopes))

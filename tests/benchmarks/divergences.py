@@ -1,0 +1,142 @@
+"""Time and memory of the divergences, forward and backward, beside the formulas in plain torch.
+
+``make bench-divergences`` prints the tables and writes them to docs/divergences.md. All take turns
+in one process with one thread; what is given is the median turn over that of the peer, and the
+highest memory over that of the peer, both measured by the same ruler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_aux.functional import DIVERGENCES
+from tests.benchmarks.memory import peak
+
+ROOT = Path(__file__).parents[2]
+TURNS = 9
+T = 2.0
+INPUTS = {
+    "128 × 10": (128, 10, torch.float32),
+    "4,096 × 100": (4096, 100, torch.float32),
+    "2,048 × 32,000": (2048, 32_000, torch.float32),
+    "2,048 × 32,000, bfloat16": (2048, 32_000, torch.bfloat16),
+}
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits / T, -1)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    return F.softmax(logits / T, -1)
+
+
+def js(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = log_softmax(student), log_softmax(teacher)
+    log_m = ((log_q.exp() + log_p.exp()) / 2).log()
+    parts = [
+        F.kl_div(log_m, each, reduction="batchmean", log_target=True) for each in (log_q, log_p)
+    ]
+    return T * T * (parts[0] + parts[1]) / 2
+
+
+def alpha(student: Tensor, teacher: Tensor) -> Tensor:
+    """The two sums of the published code; its gradient by a surrogate is about as long."""
+    q, p = softmax(student), softmax(teacher)
+    ratio = p / q
+    high = (q * ratio * ratio.log()).sum(-1)
+    low = (q * (ratio**-1).clamp(0, 5) - q).sum(-1) / 2
+    return T * T * torch.maximum(low, high).mean()
+
+
+PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda s, t: T * T * F.kl_div(log_softmax(s), softmax(t), reduction="batchmean"),
+    "reverse_kl": lambda s, t: T * T * F.kl_div(log_softmax(t), softmax(s), reduction="batchmean"),
+    "js": js,
+    "alpha": alpha,
+    "tv": lambda s, t: T * (softmax(s) - softmax(t)).abs().sum(-1).mean() / 2,
+    "mse": lambda s, t: F.mse_loss(s, t),
+    "cosine": lambda s, t: (1 - F.cosine_similarity(s, t, dim=-1)).mean(),
+}
+
+
+def measured(acts: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds of the median turn; all take turns, each turn long enough for the clock."""
+    repeats = {}
+    for name, act in acts.items():
+        act()
+        began = time.perf_counter()
+        act()
+        repeats[name] = max(1, round(0.02 / max(1e-6, time.perf_counter() - began)))
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    for turn in range(TURNS):
+        for name in list(acts) if turn % 2 else list(reversed(acts)):
+            began = time.perf_counter()
+            for _ in range(repeats[name]):
+                acts[name]()
+            seconds[name].append((time.perf_counter() - began) / repeats[name])
+    return {name: median(each) for name, each in seconds.items()}
+
+
+def compared(name: str, rows: int, classes: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Milliseconds of the peer, and time and memory of ours over those of the peer."""
+    student, teacher = torch.randn(2, rows, classes).to(dtype).unbind()
+    student.requires_grad_()
+
+    def act(formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+        student.grad = None
+        formula(student, teacher).backward()
+
+    both = {"ours": lambda s, t: DIVERGENCES[name](s, t, T), "peer": PEERS[name]}
+    times = measured({who: lambda formula=formula: act(formula) for who, formula in both.items()})
+    bytes_ = {}
+    for who, formula in both.items():
+        student.grad = None
+        bytes_[who] = peak(lambda formula=formula: act(formula))
+    return times["peer"] * 1e3, times["ours"] / times["peer"], bytes_["ours"] / bytes_["peer"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.divergences")
+    parser.add_argument("--rows", type=int, help="at most so many, to see whether it runs")
+    parser.add_argument("--write", action="store_true", help="write docs/divergences.md")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = [
+        "# Speed of divergences",
+        "",
+        "Written by `make bench-divergences`: forward and backward pass in one process with one "
+        "thread,",
+        f"ours and the formula in plain torch in turns; the median of {TURNS} turns.",
+    ]
+    for size, (rows, classes, dtype) in INPUTS.items():
+        lines += ["", f"## {size}", "", "| | peer | time | memory |", "|---|---:|---:|---:|"]
+        for name in DIVERGENCES:
+            found = compared(name, min(rows, given.rows or rows), classes, dtype)
+            lines.append(f"| {name} | {found[0]:.3g} ms | {found[1]:.2f} | {found[2]:.2f} |")
+            print(size, lines[-1], flush=True)
+    load = os.getloadavg()[0]
+    lines += [
+        "",
+        f"Time and memory are ours over the peer's. The machine's load at the end was {load:.1f}; "
+        f"torch {torch.__version__}, {platform.machine()}.",
+        "",
+    ]
+    print("\n".join(lines))
+    if given.write:
+        (ROOT / "docs" / "divergences.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

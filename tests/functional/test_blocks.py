@@ -1,0 +1,202 @@
+"""Blocks change nothing but the memory: values, gradients, second derivatives, precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_aux.functional import DIVERGENCES, blocks, entropy, soft_cross_entropy
+from tests.benchmarks.memory import peak
+
+NAMES = list(DIVERGENCES)
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    **DIVERGENCES,
+    "entropy": lambda s, t, *rest: entropy(s, *rest),
+    # Any numbers serve as targets.
+    "soft_cross_entropy": lambda s, t, T, *rest: soft_cross_entropy(s, t, *rest),
+}
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    both = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return both[0].requires_grad_(), both[1]
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas are written out, as they are in a compiled graph."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 10**6])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((6, 5), -1), ((6, 5), 0), ((2, 3, 5), -1), ((2, 5, 3, 2), 1), ((5,), 0)]
+)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_values_and_gradients_are_those_of_the_formula_written_out(
+    name: str, shape: tuple[int, ...], dim: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair(*shape)
+    mask = torch.rand(teacher.select(dim, 0).shape, generator=torch.Generator().manual_seed(1))
+    mask = mask * (mask > 0.3)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", size)
+    found = FORMULAS[name](student, teacher, 2.0, mask, dim)
+    without = FORMULAS[name](student.detach(), teacher, 2.0, mask, dim)
+    (gradient,) = torch.autograd.grad(0.3 * found, student)
+    plainly(monkeypatch)
+    expected = FORMULAS[name](student, teacher, 2.0, mask, dim)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(without, expected)
+    assert not without.requires_grad
+    torch.testing.assert_close(gradient, torch.autograd.grad(0.3 * expected, student)[0])
+
+
+@pytest.mark.parametrize("size", [4, 10**6])
+@pytest.mark.parametrize("name", NAMES)
+def test_binary_logits_in_blocks(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = pair(3, 4, 2)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", size)
+    found = DIVERGENCES[name](student, teacher, 2.0, dim=1, binary=True)
+    (gradient,) = torch.autograd.grad(found, student)
+    plainly(monkeypatch)
+    expected = DIVERGENCES[name](student, teacher, 2.0, dim=1, binary=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_logits_that_are_not_contiguous_are_read_where_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 7)
+    student, teacher = pair(5, 3, 4)
+    turned = FORMULAS[name](student.permute(1, 2, 0), teacher.permute(1, 2, 0), 2.0, None, -1)
+    (gradient,) = torch.autograd.grad(turned, student)
+    straight = FORMULAS[name](student, teacher, 2.0, None, 0)
+    torch.testing.assert_close(turned, straight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(straight, student)[0])
+
+
+@pytest.mark.parametrize("size", [7, 10**6])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_graph_may_be_gone_through_twice_and_its_gradient_differentiated(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CPU_BLOCK", size)
+    student, teacher = pair(3, 5)
+    mean = FORMULAS[name](student, teacher, 2.0, None, -1)
+    first, second = (
+        torch.autograd.grad(mean * scale, student, retain_graph=True)[0] for scale in (1.0, 0.3)
+    )
+    torch.testing.assert_close(second, 0.3 * first)
+    (third,) = torch.autograd.grad(mean, student, create_graph=True)
+    torch.testing.assert_close(third, first)
+    (penalty,) = torch.autograd.grad(third.square().sum(), student)
+    plainly(monkeypatch)
+    mean = FORMULAS[name](student, teacher, 2.0, None, -1)
+    (plain,) = torch.autograd.grad(mean, student, create_graph=True)
+    torch.testing.assert_close(penalty, torch.autograd.grad(plain.square().sum(), student)[0])
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_are_those_of_float32_rounded(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 40)
+    half, teacher = (z.detach().to(dtype) for z in pair(8, 17))
+    whole = half.float().requires_grad_()
+    half.requires_grad_()
+    (gradient,) = torch.autograd.grad(0.3 * FORMULAS[name](half, teacher, 2.0, None, -1), half)
+    expected = 0.3 * FORMULAS[name](whole, teacher.float(), 2.0, None, -1)
+    (expected_gradient,) = torch.autograd.grad(expected, whole)
+    assert gradient.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=1.1 * step, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl"])
+def test_a_loss_scaler_saves_gradients_that_float16_could_not_hold(name: str) -> None:
+    student = pair(8192, 20)[0].detach().half()
+    student[:, 1:] -= 12  # probabilities of 1e-6, a mean over 8192 examples
+    student.requires_grad_()
+    (lost,) = torch.autograd.grad(DIVERGENCES[name](student, student.detach() * 0.98), student)
+    scaled = 2.0**16 * DIVERGENCES[name](student, student.detach() * 0.98)
+    (kept,) = torch.autograd.grad(scaled, student)
+    exact = student.detach().double().requires_grad_()
+    reference = DIVERGENCES[name](exact, (student.detach() * 0.98).double())
+    (expected,) = torch.autograd.grad(2.0**16 * reference, exact)
+    assert (lost == 0).float().mean() > 0.9
+    torch.testing.assert_close(kept.double(), expected, rtol=0.1, atol=2.0**-23)
+
+
+# ---------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_memory_is_one_gradient_and_a_few_blocks(name: str, dtype: torch.dtype) -> None:
+    shape, a_few = (64, 20_000), 11 * 4 * blocks.CPU_BLOCK
+    student, teacher = (z.detach().to(dtype) for z in pair(*shape, dtype=torch.float32))
+
+    def act() -> None:
+        (0.3 * FORMULAS[name](student, teacher, 2.0)).backward()
+
+    assert peak(lambda: FORMULAS[name](student, teacher, 2.0)) <= a_few
+    student.requires_grad_()
+    assert student.nbytes <= peak(act) <= student.nbytes + a_few
+    assert a_few < 1.2 * student.nbytes
+
+
+def test_the_ruler_sees_what_the_formula_written_out_needs() -> None:
+    student, teacher = pair(64, 20_000, dtype=torch.float32)
+
+    def act() -> None:
+        log_q, p = torch.log_softmax(student, -1), torch.softmax(teacher, -1)
+        torch.nn.functional.kl_div(log_q, p, reduction="batchmean").backward()
+
+    assert 4.9 < peak(act) / student.nbytes < 5.1
+
+
+# -------------------------------------------------------------------------------------- the rest
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_graph_has_the_same_values_and_gradients(name: str) -> None:
+    torch._dynamo.reset()
+    student, teacher = pair(6, 5)
+    compiled = torch.compile(DIVERGENCES[name], backend="aot_eager", fullgraph=True)
+    found, expected = (f(student, teacher, 2.0) for f in (compiled, DIVERGENCES[name]))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(each, student)[0] for each in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [lambda f: torch.func.grad(lambda s: f(s[0])), lambda f: torch.func.vmap(torch.func.grad(f))],
+)
+def test_transforms_of_functions_are_refused_by_torch_itself(transform: Any) -> None:
+    student, teacher = pair(6, 5)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda s: DIVERGENCES["kl"](s, teacher[0]))(student.detach())
+
+
+def test_a_tensor_of_another_class_goes_through_the_formula_written_out() -> None:
+    class Marked(Tensor):
+        pass
+
+    student, teacher = pair(6, 5)
+    marked = DIVERGENCES["kl"](student.as_subclass(Marked), teacher)
+    assert isinstance(marked, Marked)
+    torch.testing.assert_close(marked.as_subclass(Tensor), DIVERGENCES["kl"](student, teacher))
+
+
+def test_the_logits_may_be_overwritten_after_the_forward_pass() -> None:
+    leaf, teacher = pair(6, 5)
+    student = leaf * 1.0
+    (expected,) = torch.autograd.grad(DIVERGENCES["kl"](student, teacher), leaf)
+    student = leaf * 1.0
+    mean = DIVERGENCES["kl"](student, teacher)
+    student.mul_(math.pi)
+    torch.testing.assert_close(torch.autograd.grad(mean, leaf)[0], expected)
