@@ -104,7 +104,7 @@ class SelfDistillation(Objective):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        self.learn_from(self.teacher, engine)
+        self.learn_from(self.teacher, engine, self.reads)
 
     def loss(self, step: Step) -> Tensor:
         teacher = step.teacher(self.teacher)
