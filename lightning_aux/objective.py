@@ -124,14 +124,22 @@ class Objective(Attached):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(self, step)")
 
-    def learn_from(self, teacher: str, engine: Engine) -> None:
+    def learn_from(self, teacher: str, engine: Engine, reads: Iterable[str] = ()) -> None:
         """Say in `check` that the term needs this teacher; its weight is 0 until that is ready.
 
+        Args:
+            teacher: its name.
+            engine: from `check`.
+            reads: module paths or globs that `loss` asks the teacher's pass for, which are those
+                of the module that the teacher runs: its own, if it has one.
+
         Raises:
-            AuxiliaryError: no such teacher is attached, or it counts another optimizer's steps.
+            AuxiliaryError: no such teacher is attached, it counts another optimizer's steps, or
+                it has no such module.
         """
         found = engine.teacher(teacher, self.name)
         found.serve(self.optimizer, self.name)
+        found.reads(reads, self.name)
         self._taught_by.append(found)
 
     # ------------------------------------------------------------------------------- membership

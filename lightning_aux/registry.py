@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
+from torch import nn
 from torch.nn import functional
 
 from lightning_aux.attribute_schedules.attribute import AttributeSchedule
@@ -37,9 +42,11 @@ from lightning_aux.teachers import (
     FrozenTeacher,
     RandomTeacher,
     SnapshotTeacher,
+    StoredTeacher,
     SWATeacher,
     VotedTeacher,
 )
+from lightning_aux.teachers.storage import LogitsWriter
 
 __all__ = [
     "AttributeSchedule",
@@ -69,6 +76,7 @@ __all__ = [
     "SnapshotTeacher",
     "SpectralDecoupling",
     "StochasticDepthSchedule",
+    "StoredTeacher",
     "Taps",
     "VotedTeacher",
     "WeakToStrongConfidence",
@@ -96,6 +104,30 @@ class Entry:
     inert: bool = True
     begins: int = 0
     per_sample: bool = True
+
+
+def _wider_model() -> nn.Module:
+    """A model of another architecture, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """Of this process, until it ends."""
+    return TemporaryDirectory(prefix="lightning_aux")
+
+
+def _logits_in_a_folder() -> Path:
+    """Logits of the first samples of any dataset, the same each time."""
+    path = Path(_folder().name) / "logits"
+    if not path.exists():
+        logits = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+        writer = LogitsWriter(path, len(logits), "float32")
+        writer.add(logits)
+        writer.finish()
+    return path
 
 
 ENTRIES: dict[str, Entry] = {
@@ -160,6 +192,20 @@ ENTRIES: dict[str, Entry] = {
         lambda weight: [
             FrozenTeacher(),
             SelfDistillation("frozen", divergence="js", only_correct=True, weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "another_module": Entry(
+        lambda weight: [
+            FrozenTeacher(module=_wider_model()),
+            SelfDistillation("frozen", weight=weight),
+        ],
+        "self_distillation",
+    ),
+    "stored_logits": Entry(
+        lambda weight: [
+            StoredTeacher(_logits_in_a_folder(), check=False),
+            SelfDistillation("stored", weight=weight),
         ],
         "self_distillation",
     ),

@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
     "predict": "run predict_step over the data",
+    "teach": "write a teacher's logits for the training data to disk",
     "export": "write averaged weights as a plain checkpoint",
     "schedule": "show schedules as a chart and a picture, before they run",
     "compare": "train a baseline and variants over several seeds and report the differences",
@@ -56,6 +57,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.export import export
 
             return export(arguments[1:])
+        if command == "teach":
+            from lightning_aux.cli.teach import teach
+
+            return teach(arguments[1:])
         if command == "schedule":
             from lightning_aux.cli.schedule import schedule
 

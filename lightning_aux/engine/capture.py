@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -13,6 +14,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.random_states import RandomStates
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
@@ -23,10 +25,20 @@ Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Capture:
-    """Records calls of chosen submodules into the current `Record`, if there is one."""
+    """Records calls of chosen submodules into the current `Record`, if there is one.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        root: the module that paths begin at.
+        declaring: how a path is declared, in a message; ``{}`` is where the path goes.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        declaring: str = "where the objective is made: super().__init__(..., reads=({},))",
+    ) -> None:
         self._root = root
+        self._declaring = declaring
         self._hooks: dict[str, _Hook] = {}
         self._globs: dict[str, list[str]] = {}
         self.record: Record | None = None
@@ -57,6 +69,33 @@ class Capture:
             for name, module in found.items():
                 if name not in self._hooks:
                     self._hooks[name] = _Hook(self, name, module)
+
+    def wrap_forward(self, patches: Patches) -> None:
+        """Record the calls of the root's own ``forward``, whoever makes them."""
+        forward = self._root.forward
+
+        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.record is None:
+                return forward(*args, **kwargs)
+            given, named = apart((args, kwargs))
+            before = versions((given, named))
+            random = self.random_states()
+            returned = forward(*args, **kwargs)
+            call = Call(given, named, apart(returned), versions((given, named)) != before)
+            call.entered = random
+            self.record.add("", call)
+            return returned
+
+        patches.wrap(self._root, "forward", recorded_forward)
+
+    @contextmanager
+    def recording(self, record: Record | None) -> Iterator[None]:
+        """A block whose calls go into ``record``, and into none with ``None``."""
+        before, self.record = self.record, record
+        try:
+            yield
+        finally:
+            self.record = before
 
     def settle(self, record: Record) -> None:
         """The model has run: what it has not overwritten is kept as it is, not as a copy."""
@@ -89,7 +128,7 @@ class Capture:
         modules_at(self._root, path, asked_by)  # a path that does not exist has its own message
         raise AuxiliaryError(
             f"{asked_by}: {path!r} exists but was not declared, so it is not captured. Declare it "
-            f"where the objective is made: super().__init__(..., reads=({path!r},))."
+            f"{self._declaring.format(repr(path))}."
         )
 
     def note_on_compilation(self) -> str:

@@ -6,7 +6,7 @@ training step runs is in ``running``; members know tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from zlib import crc32
@@ -27,14 +27,12 @@ from lightning_aux.engine.model_call import ModelCall
 from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.running import Running
-from lightning_aux.engine.step import Progress, Step, Vote
+from lightning_aux.engine.step import Pass, Progress, Step
 from lightning_aux.engine.tail import Tail
 from lightning_aux.engine.taps import Locations
 from lightning_aux.functional.shards import kept_by_the_first
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from lightning_aux.schedule import Division, Horizon
 
 __all__ = ["Engine", "TeacherLike", "TermLike"]
@@ -67,15 +65,20 @@ class TermLike(Protocol):
 
 
 class TeacherLike(Protocol):
-    """What the engine needs of a teacher."""
+    """What the engine needs of a teacher: it gives passes.
+
+    ``run`` is called once per step, on first use; what it returns is kept for the step and given to
+    ``show`` for each objective that asks. ``reads`` is called before training.
+    """
 
     name: str
-    vote: Vote | None
 
     @property
     def ready(self) -> bool: ...
     def serve(self, optimizer: int, asked_by: str) -> None: ...
-    def weights_in_place(self) -> list[AbstractContextManager[None]]: ...
+    def reads(self, paths: Iterable[str], asked_by: str) -> None: ...
+    def run(self, step: Step) -> Any: ...
+    def show(self, taught: Any, locations: Locations, asked_by: str) -> Pass: ...
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]: ...
 
 

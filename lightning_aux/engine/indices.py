@@ -104,7 +104,7 @@ class Indices:
             self._refusal = "no training dataloader has passed through the Trainer"
         if self._refusal is not None:
             raise AuxiliaryError(
-                f"{asked_by} keeps a memory per sample and needs dataset indices, but "
+                f"{asked_by} knows samples by their dataset index, but "
                 f"{self._refusal}. Use one torch DataLoader over a map-style dataset (with "
                 f"__getitem__ and __len__)."
             )

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_aux.engine.capture import Capture, apart
+from lightning_aux.engine.capture import Capture, Given, apart
 from lightning_aux.engine.distributed import is_fully_sharded
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Call, Record
 
-__all__ = ["ModelCall"]
+__all__ = ["ModelCall", "WholeCall"]
 
 
 class ModelCall:
@@ -27,6 +27,11 @@ class ModelCall:
         where: the call in words, or why there is none; empty before the first step.
         doubt: why the output of that call may not be the logits; usually empty.
     """
+
+    naming = (
+        "Name them: Taps(logits='path.of.a.module') or Taps(logits=lambda p: p.returned['...'])."
+    )
+    remedy = "Taps(forward=lambda module, batch: ...)"
 
     def __init__(self, module: nn.Module, capture: Capture) -> None:
         self._module = module
@@ -96,6 +101,21 @@ class ModelCall:
         """How often the step made this call."""
         return len(record.calls.get(self._path or "", ()))
 
+    def given(self, record: Record, asked_by: str) -> Given:
+        """What the model was called on; not to be written to.
+
+        Raises:
+            AuxiliaryError: it is not known, or the model has overwritten it.
+        """
+        call = self.of(record, asked_by)
+        if call.overwritten or "input" in call.lost:
+            raise AuxiliaryError(
+                f"{asked_by}: {self.where} writes into its own input, so a second pass cannot see "
+                f"what the model saw. Begin it with x = x.clone(), or use operations that "
+                f"are not in place."
+            )
+        return call.arguments, call.keywords
+
     def again(
         self,
         record: Record,
@@ -114,16 +134,9 @@ class ModelCall:
         Raises:
             AuxiliaryError: there is none, or the model has overwritten its input.
         """
-        call = self.of(record, asked_by)
-        same = not arguments and not keywords
-        if same:
-            arguments, keywords = call.arguments, call.keywords
-        if same and (call.overwritten or "input" in call.lost):
-            raise AuxiliaryError(
-                f"{asked_by}: {self.where} writes into its own input, so a second pass cannot see "
-                f"what the model saw. Begin it with x = x.clone(), or use operations that "
-                f"are not in place."
-            )
+        self.of(record, asked_by)
+        if not arguments and not keywords:
+            arguments, keywords = self.given(record, asked_by)
         model: Any = self._module.forward  # past its hooks, which have nothing to do with a teacher
         if self._path:
             model = self._module.get_submodule(self._path)
@@ -135,6 +148,29 @@ class ModelCall:
             return model(*again, **named)
 
         return call_again
+
+
+class WholeCall:
+    """The call of a model that is always run as a whole, by us.
+
+    Attributes:
+        where: the call in words.
+    """
+
+    doubt = ""
+
+    def __init__(self, where: str, teacher: str) -> None:
+        self.where = where
+        self.remedy = f"{teacher}(forward=lambda module, batch: ...)"
+        self.naming = f"Return them: {self.remedy}."
+
+    def of(self, record: Record, asked_by: str) -> Call:
+        """The one call."""
+        return record.calls[""][0]
+
+    def count(self, record: Record) -> int:
+        """How often it was made."""
+        return 1
 
 
 def _depends_on_graph(call: Call | None) -> bool:

@@ -10,7 +10,6 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lightning_aux.engine.capture import apart
 from lightning_aux.engine.distributed import data_rank
@@ -45,23 +44,17 @@ class Passes:
         self._unobserved_step.restore()
         self.__dict__.pop("run_step", None)
 
-    def teacher(self, name: str, state: StepState, asked_by: str) -> list[Record]:
-        """The teacher's pass over this batch; run on first use, once per step.
-
-        One record for each set of weights that the teacher has.
-        """
-        if name not in state.teachers:
-            teacher = self._engine.teacher(name, asked_by)
-            whose = f"the teacher {name!r}"
-            state.teachers[name] = [
-                self._taught(weights, state, whose, asked_by)
-                for weights in teacher.weights_in_place()
-            ]
-        return state.teachers[name]
-
-    def _taught(
+    def evaluated(
         self, weights: AbstractContextManager[None], state: StepState, whose: str, asked_by: str
     ) -> Record:
+        """A pass with other weights, in evaluation mode and without gradient.
+
+        Args:
+            weights: a block in which they are in the module.
+            state: of the step.
+            whose: they are, in words.
+            asked_by: begins the message of an error.
+        """
         engine = self._engine
         record = Record(state.record.batch, whose)
         forward = engine.locations.forward
@@ -69,18 +62,15 @@ class Passes:
             run = engine.model_call.again(state.record, asked_by)
         else:
             run = partial(forward, engine.module, apart(record.batch))
-        before, self._capture.record = self._capture.record, record
-        try:
-            with weights, self._unobserved.evaluated(state.loss.device):
-                returned = run()
-        finally:
-            self._capture.record = before
+        with (
+            self._capture.recording(record),
+            weights,
+            self._unobserved.evaluated(state.loss.device),
+        ):
+            returned = run()
         if forward is not None:
             record.calls[""] = [Call((), {}, returned)]
-        for call in (each for calls in record.calls.values() for each in calls):
-            # A model may switch gradients on by itself (forces are derivatives).
-            call.arguments = tree_map_only(Tensor, Tensor.detach, call.arguments)
-            call.returned = tree_map_only(Tensor, Tensor.detach, call.returned)
+        record.detach()
         return record
 
     def student(
@@ -104,8 +94,7 @@ class Passes:
         record = Record(state.record.batch, "the second pass")
         run = engine.model_call.again(state.record, asked_by, arguments, keywords)
         seed = self._seed(state, asked_by)
-        before, self._capture.record = self._capture.record, record
-        try:
+        with self._capture.recording(record):
             if tail is None:
                 device, draw = state.loss.device, partial(seed_everything, seed)
                 with self._unobserved.repeated(device, draw):
@@ -114,8 +103,6 @@ class Passes:
                 entered = engine.model_call.of(state.record, asked_by).entered
                 with self._from(tail, entered, seed, state, self._unobserved, asked_by):
                     run()
-        finally:
-            self._capture.record = before
         return record
 
     def loss_again(self, state: StepState, asked_by: str, tail: str) -> Tensor:
@@ -125,12 +112,11 @@ class Passes:
             AuxiliaryError: the step returns no loss.
         """
         began, seed = state.record.began, self._seed(state, asked_by)
-        before, self._capture.record = self._capture.record, None
-        try:
-            with self._from(tail, began, seed, state, self._unobserved_step, asked_by):
-                output = self.run_step(apart(state.record.batch))
-        finally:
-            self._capture.record = before
+        with (
+            self._capture.recording(None),
+            self._from(tail, began, seed, state, self._unobserved_step, asked_by),
+        ):
+            output = self.run_step(apart(state.record.batch))
         return self._loss_in(output, asked_by)
 
     def loss_of(self, batch: Any, seed: int, asked_by: str) -> Tensor:
@@ -145,15 +131,12 @@ class Passes:
             AuxiliaryError: the step returns no loss.
         """
         device = self._engine.trainer.strategy.root_device
-        before, self._capture.record = self._capture.record, None
-        try:
-            with (
-                torch.compiler.set_stance("force_eager"),
-                self._unobserved_step.repeated(device, partial(seed_everything, seed)),
-            ):
-                return self._loss_in(self.run_step(batch), asked_by)
-        finally:
-            self._capture.record = before
+        with (
+            self._capture.recording(None),
+            torch.compiler.set_stance("force_eager"),
+            self._unobserved_step.repeated(device, partial(seed_everything, seed)),
+        ):
+            return self._loss_in(self.run_step(batch), asked_by)
 
     def _loss_in(self, output: Any, asked_by: str) -> Tensor:
         loss = output.get("loss") if isinstance(output, Mapping) else output

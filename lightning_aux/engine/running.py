@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_aux.engine.capture import apart, versions
+from lightning_aux.engine.capture import apart
 from lightning_aux.engine.distributed import processes, shards_parameters
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.finite import Trouble, Verdicts
 from lightning_aux.engine.logging import log_step, logs_now
 from lightning_aux.engine.patches import Patches
-from lightning_aux.engine.step import Call, Record, Step, StepState
+from lightning_aux.engine.step import Record, Step, StepState
 from lightning_aux.engine.stepping import Stepping
 
 if TYPE_CHECKING:
@@ -61,21 +61,7 @@ class Running:
 
         patches.wrap(module, "training_step", with_terms)
 
-        forward = module.forward
-
-        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
-            if self._capture.record is None:
-                return forward(*args, **kwargs)
-            given, named = apart((args, kwargs))
-            before = versions((given, named))
-            random = self._capture.random_states()
-            returned = forward(*args, **kwargs)
-            call = Call(given, named, apart(returned), versions((given, named)) != before)
-            call.entered = random
-            self._capture.record.add("", call)
-            return returned
-
-        patches.wrap(module, "forward", recorded_forward)
+        self._capture.wrap_forward(patches)
 
         if not module.automatic_optimization:
             manual_backward = module.manual_backward
@@ -158,7 +144,7 @@ class Running:
             return self._add_terms(state, loss, joining)
         finally:
             state.record.spend()
-            state.teachers.clear()
+            state.taught.clear()
 
     def _joins(self, objective: TermLike, state: StepState, position: int) -> bool:
         """Whether this call of ``manual_backward`` is the one of ``objective``."""

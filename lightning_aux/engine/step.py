@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_aux.engine.distributed import data_rank, data_ranks, gather_rows, processes
 from lightning_aux.engine.errors import AuxiliaryError
@@ -17,9 +17,21 @@ from lightning_aux.engine.random_states import RandomStates
 from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning_aux.engine.engine import Engine
 
-__all__ = ["Call", "Pass", "Progress", "Record", "Repeats", "Step"]
+__all__ = [
+    "Call",
+    "Origin",
+    "Pass",
+    "Progress",
+    "Record",
+    "Repeats",
+    "Step",
+    "Vote",
+    "VotedPass",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,44 @@ class Record:
         self.resolved.clear()
         self.sequence.clear()
 
+    def detach(self) -> None:
+        """Cut everything off from any graph: a model may switch gradients on by itself.
+
+        Forces are derivatives.
+        """
+        for call in (each for calls in self.calls.values() for each in calls):
+            call.arguments = tree_map_only(Tensor, Tensor.detach, call.arguments)
+            call.returned = tree_map_only(Tensor, Tensor.detach, call.returned)
+
+
+class Paths(Protocol):
+    """Which modules of a model are captured."""
+
+    def paths(self, path: str, asked_by: str) -> list[str]: ...
+    def note_on_compilation(self) -> str: ...
+
+
+class CallOfModel(Protocol):
+    """Which call in a record is the model's."""
+
+    where: str
+    doubt: str
+    naming: str
+    remedy: str
+
+    def of(self, record: Record, asked_by: str) -> Call: ...
+    def count(self, record: Record) -> int: ...
+
+
+class Origin(Protocol):
+    """Who made a record: the engine, from the user's module, or a teacher with one of its own."""
+
+    @property
+    def capture(self) -> Paths: ...
+    @property
+    def model_call(self) -> CallOfModel: ...
+    def say(self, what: str, where: str) -> None: ...
+
 
 class Pass:
     """One pass of the batch through the module, with the student's or a teacher's weights.
@@ -101,8 +151,8 @@ class Pass:
     Everything is looked up on first use and once, however many objectives ask.
     """
 
-    def __init__(self, engine: Engine, record: Record, locations: Locations, asked_by: str) -> None:
-        self._engine = engine
+    def __init__(self, origin: Origin, record: Record, locations: Locations, asked_by: str) -> None:
+        self._origin = origin
         self._record = record
         self._locations = locations
         self._asked_by = asked_by
@@ -115,7 +165,7 @@ class Pass:
     @property
     def returned(self) -> Any:
         """What the model returned: the module's own ``forward``, or the submodule bound instead."""
-        return self._engine.model_call.of(self._record, self._asked_by).returned
+        return self._origin.model_call.of(self._record, self._asked_by).returned
 
     @property
     def logits(self) -> Tensor:
@@ -165,7 +215,7 @@ class Pass:
         """The first positional argument of the module at ``path``, or of the model without one."""
         path = path or self._locations.input
         if path is None:
-            return _first_argument(self._engine.model_call.of(self._record, self._asked_by))
+            return _first_argument(self._origin.model_call.of(self._record, self._asked_by))
         return self._captured("input", path)
 
     # ------------------------------------------------------------------------------- lookups
@@ -188,17 +238,17 @@ class Pass:
         if not isinstance(path, str):
             return self._once((kind, path, self._locations), lambda: path(self))
         found = {}
-        for each in self._engine.capture.paths(path, self._asked_by):
+        for each in self._origin.capture.paths(path, self._asked_by):
             call = self._record.call(each)
             if call is None:
                 when = "in this training step"
                 if self._record.whose != "student":
-                    when = f"when {self._record.whose} ran {self._engine.model_call.where}"
+                    when = f"when {self._record.whose} ran {self._origin.model_call.where}"
                 raise AuxiliaryError(
                     f"{self._asked_by}: the module {each!r} was not called {when}, so it has no "
                     f"output to read. Name a module that runs every time, or say how the whole "
-                    f"model runs: Taps(forward=lambda module, batch: ...)."
-                    f"{self._engine.capture.note_on_compilation()}"
+                    f"model runs: {self._origin.model_call.remedy}."
+                    f"{self._origin.capture.note_on_compilation()}"
                 )
             if kind in call.lost:
                 raise AuxiliaryError(
@@ -212,21 +262,21 @@ class Pass:
     def _find_logits(self) -> Tensor:
         tap = self._locations.logits
         if tap is None:
-            call = self._engine.model_call.of(self._record, self._asked_by)
-            if self._engine.model_call.doubt:
-                raise AuxiliaryError(f"{self._asked_by}: {self._engine.model_call.doubt}")
+            model_call = self._origin.model_call
+            call = model_call.of(self._record, self._asked_by)
+            if model_call.doubt:
+                raise AuxiliaryError(f"{self._asked_by}: {model_call.doubt}")
             found = find_logits(call.returned)
             if found is None:
                 raise AuxiliaryError(
-                    f"{self._asked_by}: no logits in what {self._engine.model_call.where} returned "
-                    f"({describe(call.returned)}). Name them: Taps(logits='path.of.a.module') or "
-                    f"Taps(logits=lambda p: p.returned['...'])."
+                    f"{self._asked_by}: no logits in what {model_call.where} returned "
+                    f"({describe(call.returned)}). {model_call.naming}"
                 )
             logits, where = found
             if self._record.whose == "student":
-                count = self._engine.model_call.count(self._record)
+                count = model_call.count(self._record)
                 which = f", the first with a gradient of {count} calls" if count > 1 else ""
-                self._engine.say("logits", f"{self._engine.model_call.where}{where}{which}")
+                self._origin.say("logits", f"{model_call.where}{where}{which}")
         else:
             logits = self._captured("features", tap)
             if not isinstance(logits, Tensor) and (found := find_logits(logits)) is not None:
@@ -252,7 +302,7 @@ class Pass:
                 f"{self._asked_by}: the batch has no target: it is {describe(self.batch)}. Name "
                 f"one by key path, for example Taps(target='1') or Taps(target='batch.labels')."
             )
-        self._engine.say("target", found[1])
+        self._origin.say("target", found[1])
         return self._tensor(found[0], "target", found[1])
 
     def _in_batch(self, tap: Tap, what: str) -> Tensor:
@@ -283,7 +333,7 @@ class VotedPass(Pass):
 
     def __init__(self, passes: list[Pass], vote: Vote) -> None:
         first = passes[0]
-        super().__init__(first._engine, first._record, first._locations, first._asked_by)
+        super().__init__(first._origin, first._record, first._locations, first._asked_by)
         self._passes = passes
         self._vote = vote
 
@@ -314,6 +364,7 @@ class Step(Pass):
         defer: Callable[[Callable[[], None]], None],
     ) -> None:
         super().__init__(engine, state.record, locations, asked_by)
+        self._engine = engine
         self._state = state
         self._optimizer = optimizer
         self._defer = defer
@@ -378,7 +429,7 @@ class Step(Pass):
         return self._engine.indices.dataset_size(self._asked_by)
 
     def teacher(self, name: str) -> Pass:
-        """The same batch through the model with the weights of the teacher ``name``.
+        """What the teacher ``name`` says of the same batch.
 
         One forward per step and teacher: no gradient, evaluation mode, the user's random stream
         and BatchNorm statistics untouched.
@@ -386,10 +437,10 @@ class Step(Pass):
         Raises:
             AuxiliaryError: no teacher of that name is attached.
         """
-        records = self._engine.passes.teacher(name, self._state, self._asked_by)
-        passes = [Pass(self._engine, each, self._locations, self._asked_by) for each in records]
-        vote = self._engine.teacher(name, self._asked_by).vote
-        return passes[0] if vote is None else VotedPass(passes, vote)
+        teacher, taught = self._engine.teacher(name, self._asked_by), self._state.taught
+        if name not in taught:
+            taught[name] = teacher.run(self)
+        return teacher.show(taught[name], self._locations, self._asked_by)
 
     def again(self, *arguments: Any, **keywords: Any) -> Pass:
         """One more pass through the model with the student's weights, with a gradient.
@@ -457,6 +508,23 @@ class Step(Pass):
         size = (count * ranks, *shape)
         return torch.rand(size, generator=generator, device=self.loss.device)[rank::ranks]
 
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model was called on in this step: positional and keyword arguments.
+
+        Raises:
+            AuxiliaryError: the model's call is not known, or it writes into its own input.
+        """
+        return self._engine.model_call.given(self._record, self._asked_by)
+
+    def evaluated(self, weights: AbstractContextManager[None], whose: str) -> Record:
+        """The model's call once more, in evaluation mode and without gradient; for teachers.
+
+        Args:
+            weights: a block in which other weights are in the module.
+            whose: they are, in words.
+        """
+        return self._engine.passes.evaluated(weights, self._state, whose, self._asked_by)
+
     def after_optimizer_step(self, act: Callable[[], None]) -> None:
         """Have ``act()`` called once the optimizer has really stepped.
 
@@ -506,7 +574,8 @@ class StepState:
     passes: int = 0
     joined: set[str] = field(default_factory=set)
     index: Tensor | None = None
-    teachers: dict[str, list[Record]] = field(default_factory=dict)
+    taught: dict[str, Any] = field(default_factory=dict)
+    """What each teacher that was asked has of this step."""
     main: Tensor | float = 0.0
     total: Tensor | float = 0.0
     _loss: Tensor | None = None

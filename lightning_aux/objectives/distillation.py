@@ -73,7 +73,8 @@ class Distillation(Objective):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        self.learn_from(self.teacher, engine)
+        on_path = isinstance(self.teacher_on, str) and self.teacher_on != "logits"
+        self.learn_from(self.teacher, engine, (str(self.teacher_on),) if on_path else ())
 
     def loss(self, step: Step) -> Tensor:
         teacher = step.teacher(self.teacher)

@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_aux.engine import AuxiliaryError, Engine, Progress, Vote
+from lightning_aux.engine import (
+    AuxiliaryError,
+    Engine,
+    Locations,
+    Pass,
+    Progress,
+    Record,
+    Vote,
+    VotedPass,
+)
 from lightning_aux.functional import majority_vote, mean_vote
 from lightning_aux.schedule import Schedule, Time
 from lightning_aux.teachers.moving import MovingTeacher
@@ -293,6 +302,10 @@ class VotedTeacher(_Snapshots):
 
     def weights_in_place(self) -> list[AbstractContextManager[None]]:
         return [each.in_place() for each in self.ring]
+
+    def show(self, taught: list[Record], locations: Locations, asked_by: str) -> Pass:
+        passes = [Pass(self.engine, each, locations, asked_by) for each in taught]
+        return VotedPass(passes, self.vote)
 
     def pairs(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         raise AuxiliaryError(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Vote
+from lightning_aux.engine import (
+    Attached,
+    AuxiliaryError,
+    Engine,
+    Locations,
+    Pass,
+    Progress,
+    Record,
+    Step,
+)
 from lightning_aux.engine.distributed import has_flat_parameters
 from lightning_aux.functional.shards import is_sharded
 from lightning_aux.weights.store import WeightStore
@@ -43,9 +53,6 @@ class Teacher(Attached):
 
     averages: bool = False
     """Whether its weights follow the student's and can stand in for them."""
-
-    vote: Vote | None = None
-    """How predictions of several sets of weights are combined; ``None`` for one set."""
 
     def __init__(
         self,
@@ -169,6 +176,33 @@ class Teacher(Attached):
         if self.pending is not None:
             self.store.update_buffers(self.pending)
             self.pending = None
+
+    def reads(self, paths: Iterable[str], asked_by: str) -> None:
+        """Note modules whose output or input an objective wants of this teacher's passes.
+
+        Args:
+            paths: module paths or globs, of the module that the teacher runs.
+            asked_by: the objective.
+
+        Raises:
+            AuxiliaryError: there is no such module; near matches are listed.
+        """
+        self.engine.capture.add(paths, asked_by)
+
+    def run(self, step: Step) -> list[Record]:
+        """The batch through the user's module, once for each set of weights."""
+        whose = f"the teacher {self.name!r}"
+        return [step.evaluated(weights, whose) for weights in self.weights_in_place()]
+
+    def show(self, taught: list[Record], locations: Locations, asked_by: str) -> Pass:
+        """What `run` returned, as one objective sees it.
+
+        Args:
+            taught: from `run`.
+            locations: the objective's taps.
+            asked_by: the objective.
+        """
+        return Pass(self.engine, taught[0], locations, asked_by)
 
     def weights_in_place(self) -> list[AbstractContextManager[None]]:
         """For each set of weights, the module with these for the time of a ``with`` block."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.contract.models import CLASSES, Classifier
+from tests.contract.models import CLASSES, FEATURES, Classifier
 
 
 class Reference:
@@ -193,6 +193,32 @@ class DistilledVotes(DistilledSnapshots):
     def taught(self, x: Tensor) -> Tensor:
         votes = [log_softmax(copy(x)).exp() for copy in self.copies]
         return (sum(votes) / len(votes)).log()
+
+
+class DistilledOther(Reference):
+    """KL(teacher ‖ student) for a teacher of three layers that the student does not have."""
+
+    def begin(self, module: Classifier) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(FEATURES, 16), nn.Linear(16, CLASSES)
+
+    @torch.no_grad()
+    def taught(self, batch: Any) -> Tensor:
+        return self.second(torch.tanh(self.first(batch[0].float())))
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        return relative_entropy(log_softmax(self.taught(batch)), log_softmax(logits)).mean()
+
+
+class DistilledRows(DistilledOther):
+    """The same for a table with a row of logits for each sample of the dataset."""
+
+    def begin(self, module: Classifier) -> None:
+        self.table = torch.randn(512, CLASSES, generator=torch.Generator().manual_seed(0))
+
+    def taught(self, batch: Any) -> Tensor:
+        return self.table[batch[2]]
 
 
 class DistilledNoise(Taught):
@@ -399,6 +425,8 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "self_distillation_kl": lambda: Distilled(decay=0.9),
     "self_distillation_js_correct": lambda: DistilledWhereRight(decay=None),
     "self_distillation_features": lambda: DistilledFeatures(decay=0.9, warmup=True),
+    "another_module": DistilledOther,
+    "stored_logits": DistilledRows,
     "snapshot_distillation": lambda: DistilledSnapshots(decay=None),
     "voted_distillation": lambda: DistilledVotes(decay=None),
     "random_distillation": lambda: DistilledNoise(decay=None),

@@ -214,7 +214,9 @@ def test_teachers_and_memories_are_float32_in_every_precision(entry: str, precis
     fit(module, attached, precision=precision)
     parameters = {name for name, _ in module.named_parameters()}
     for each in [*attached, *(other for one in attached for other in one.companions())]:
-        if isinstance(each, Teacher):
+        if isinstance(each, FrozenTeacher) and each.module is not None:
+            assert {value.dtype for value in each.module.parameters()} == {torch.float32}
+        elif isinstance(each, Teacher):
             state = each.state()
             sets = [one["weights"] for one in state.get("snapshots", [state])]
             assert sets

@@ -140,6 +140,7 @@ MOVES = {
     "random_distillation": [],
     "generations": [4],
     "self_distillation_js_correct": [],
+    "another_module": [],
     "parameter_anchor_l2": [],
 }
 AVERAGED = [

@@ -20,6 +20,7 @@ from lightning_aux.cli import main
 from lightning_aux.cli.trainer_cli import AuxCLI
 from lightning_aux.engine import Attached
 from lightning_aux.objective import ObjectiveOptions
+from tests.contract.models import FEATURES
 
 CLASSES = {
     name: value
@@ -40,10 +41,15 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "AttributeSchedule": {"values": {"optimizer.lr": 0.1}},
     "Phases": {"phases": "warmup: 10%, main: rest"},
     "StochasticDepthSchedule": {"p": 0.1, "blocks": "encoder.1"},
+    "StoredTeacher": {"path": "runs/teacher"},
     "DropoutSchedule": {"p": 0.1, "until": "50%"},
     "ModelSoup": {"monitor": "loss"},
     "MultiSampleDropout": {"dropout": "encoder.2"},
     "WiSEFT": {"monitor": "loss"},
+}
+ANOTHER = {
+    "class_path": "torch.nn.Linear",
+    "init_args": {"in_features": FEATURES, "out_features": 4},
 }
 TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("AttributeSchedule", "values"): {"values": {"model.temperature": "linear(1, 2)"}},
@@ -61,6 +67,12 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("DropoutSchedule", "mode"): {"mode": "late", "start": "40%", "until": None},
     ("EarlyLearningRegularization", "storage"): {"storage": "top-5"},
     ("EMAAnchor", "space"): {"space": "weight"},
+    ("FrozenTeacher", "module"): {"module": ANOTHER},
+    ("FrozenTeacher", "forward"): {
+        "module": ANOTHER,
+        "forward": "tests.contract.models.run_parts",
+    },
+    ("StoredTeacher", "path"): {"path": "runs/other"},
     ("Taps", "forward"): {"forward": "tests.contract.models.run_parts"},
     ("SelfDistillation", "on"): {"on": "encoder", "divergence": "mse"},
     ("SelfDistillation", "divergence"): {"divergence": "js"},
@@ -160,7 +172,9 @@ def test_every_argument_is_reachable_from_yaml(
     given = config_of(cls, argument)["init_args"][argument]
     found = callback.hyperparameters[argument]
     assert found != CLASSES[cls].init_parameters()[argument].default
-    if isinstance(given, dict) and "class_path" in given:
+    if given is ANOTHER:
+        given = ANOTHER["class_path"]
+    elif isinstance(given, dict) and "class_path" in given:
         given = repr(CLASSES[given["class_path"]](**given["init_args"]))
     assert found == given or (isinstance(given, str) and given.endswith(f".{found}"))
 

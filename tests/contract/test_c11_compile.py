@@ -211,7 +211,7 @@ def results(
     found = {"": weights(module)}
     for each in attach:
         for one in [each, *getattr(each, "companions", list)()]:
-            if isinstance(one, EMATeacher | FrozenTeacher):
+            if isinstance(one, EMATeacher | FrozenTeacher) and "weights" in one.state():
                 found[one.name] = one.state()["weights"]
         if hasattr(each, "head"):
             found[f"head of {each.name}"] = weights(each.head)

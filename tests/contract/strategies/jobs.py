@@ -30,6 +30,7 @@ from tests.contract.strategies.watching import (
     Rows,
     Watch,
     heads,
+    holds_weights,
     optimizer_parts,
     parts_of,
     said,
@@ -70,7 +71,8 @@ def added_for(case: str, weight: float | str | None = None) -> list[Any]:
 
 
 def has_teacher(case: str) -> bool:
-    return any(hasattr(each, "weights_in_place") for each in with_companions(added_for(case)))
+    """Whether another set of weights of the model is held."""
+    return any(map(holds_weights, with_companions(added_for(case))))
 
 
 def jobs(place: Place, folder: Path) -> dict[str, Job]:

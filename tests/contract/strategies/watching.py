@@ -72,7 +72,7 @@ class Watch(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         for each in self.members:
-            if isinstance(each, Teacher):
+            if holds_weights(each):
                 live, values = getattr(each, "ring", [each])[-1].pairs()
                 self.parts[each.name] = {
                     "live": [local(value).numel() for value in live],
@@ -105,6 +105,11 @@ class Collectives(L.Callback):
             self.issued += counter.get_total_counts()
 
         return counted
+
+
+def holds_weights(member: Any) -> bool:
+    """Whether it is a teacher with weights of the student's module, not another module."""
+    return isinstance(member, Teacher) and getattr(member, "module", None) is None
 
 
 def with_companions(members: Sequence[Any]) -> list[Attached]:
