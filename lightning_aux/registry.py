@@ -25,12 +25,16 @@ from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.confidence_limit import ConfidenceLimit
 from lightning_aux.objectives.confidence_penalty import ConfidencePenalty
+from lightning_aux.objectives.dual_head_distillation import DualHeadDistillation
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
 from lightning_aux.objectives.ema_anchor import EMAAnchor, EMAAnchorMixin
+from lightning_aux.objectives.knowledge_distillation import KnowledgeDistillation
 from lightning_aux.objectives.label_smoothing import LabelSmoothing
 from lightning_aux.objectives.max_sup import MaxSup
 from lightning_aux.objectives.multi_sample_dropout import MultiSampleDropout
+from lightning_aux.objectives.multi_teacher_distillation import MultiTeacherDistillation
 from lightning_aux.objectives.parameter_anchor import ParameterAnchor
+from lightning_aux.objectives.progressive_self_distillation import ProgressiveSelfDistillation
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
 from lightning_aux.objectives.spectral_decoupling import SpectralDecoupling
 from lightning_aux.objectives.weak_to_strong import WeakToStrongConfidence
@@ -54,6 +58,7 @@ __all__ = [
     "ConfidencePenalty",
     "DropoutSchedule",
     "DropoutScheduleMixin",
+    "DualHeadDistillation",
     "EMAAnchor",
     "EMAAnchorMixin",
     "EMATeacher",
@@ -61,14 +66,17 @@ __all__ = [
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "GradientDirection",
+    "KnowledgeDistillation",
     "LabelSmoothing",
     "MaxSup",
     "ModelSoup",
     "MultiSampleDropout",
+    "MultiTeacherDistillation",
     "Objective",
     "ObjectiveOptions",
     "ParameterAnchor",
     "Phases",
+    "ProgressiveSelfDistillation",
     "RandomTeacher",
     "SWATeacher",
     "SelfDistillation",
@@ -249,6 +257,33 @@ ENTRIES: dict[str, Entry] = {
     "weak_to_strong_confidence": Entry(
         lambda weight: [WeakToStrongConfidence(weight)],
         "weak_to_strong_confidence",
+        per_sample=False,
+    ),
+    "progressive_self_distillation": Entry(
+        lambda weight: [ProgressiveSelfDistillation(weight)], "progressive_self_distillation"
+    ),
+    "knowledge_distillation": Entry(
+        lambda weight: [KnowledgeDistillation(module=_wider_model(), weight=weight, blend=True)],
+        "knowledge_distillation",
+    ),
+    "dual_head_distillation": Entry(
+        lambda weight: [FrozenTeacher(), DualHeadDistillation("head", weight=weight)],
+        "dual_head_distillation",
+    ),
+    "multi_teacher_distillation": Entry(
+        lambda weight: [
+            FrozenTeacher("wide", module=_wider_model()),
+            EMATeacher(decay=0.9),
+            MultiTeacherDistillation(
+                ["wide", "ema"],
+                ["encoder.0", "encoder"],
+                {"wide": "1", "ema": "encoder"},
+                widths={"wide": 16},
+                hidden=4,
+                weight=weight,
+            ),
+        ],
+        "multi_teacher_distillation",
         per_sample=False,
     ),
 }

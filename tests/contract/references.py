@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.contract.models import CLASSES, FEATURES, Classifier
+from tests.contract.models import CLASSES, FEATURES, HIDDEN, Classifier
 
 
 class Reference:
@@ -415,6 +415,134 @@ class OwnLabels(Reference):
         return (log_q[rows, y] - log_q[rows, own]).mean()
 
 
+class SoftLabels(Reference):
+    """Cross entropy with the last prediction of each sample less that with its label."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+        self.pending: dict[int, Tensor] = {}
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_q, total = log_softmax(logits), logits.new_zeros(())
+        for row, sample in enumerate(batch[2].tolist()):
+            self.pending[sample] = log_q[row].detach().exp()
+            if sample in self.rows:
+                total = total + log_q[row, batch[1][row]] - (self.rows[sample] * log_q[row]).sum()
+        return total / len(logits)
+
+    def stepped(self, module: Classifier) -> None:
+        self.rows |= self.pending
+        self.pending = {}
+
+
+class Blended(DistilledOther):
+    """4·KL(teacher ‖ student) at temperature 2, less the user's own loss."""
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        log_p, log_q = log_softmax(self.taught(batch) / 2), log_softmax(logits / 2)
+        return 4 * relative_entropy(log_p, log_q).mean() - F.cross_entropy(logits, batch[1])
+
+
+def trained_beside(module: Classifier, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Layers whose values are those of a head of this name, in the module's optimizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + crc32(name.encode())) % 2**63)
+        made = make()
+    module.trainer.optimizers[0].param_groups[0]["params"].extend(made.parameters())
+    return made
+
+
+class Watched(Taught):
+    """What goes through the user's encoder, and its first layer, in the current step."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        self.seen: dict[str, Tensor] = {}
+        for path in ("encoder", "encoder.0"):
+            part = module.get_submodule(path)
+            part.register_forward_hook(lambda _, __, output, p=path: self.seen.update({p: output}))
+
+
+class SecondHead(Watched):
+    """4 · Σ_c KL(½ ‖ σ((s − t)/2)) between a second classifier and the first weights."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        self.head = trained_beside(
+            module, "dual_head_distillation", lambda: nn.Linear(HIDDEN, CLASSES)
+        )
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        away = (self.head(self.seen["encoder"].float()) - self.teacher(batch[0])) / 2
+        sigma = torch.sigmoid(away)
+        each = (0.25 / (sigma * (1 - sigma))).log() / 2
+        return 4 * each.sum(1).mean()
+
+
+class TwoTeachers(Watched):
+    """½ (1 − cos) + ½ smooth-L1 to two teachers through projectors; the better learnt may rest."""
+
+    def begin(self, module: Classifier) -> None:
+        super().begin(module)
+        other = DistilledOther()
+        other.begin(module)
+        self.other = nn.Sequential(other.first, nn.Tanh())
+
+        def projector(width: int) -> nn.Module:
+            layers = nn.Sequential(nn.Linear(HIDDEN, 4), nn.GELU(), nn.Linear(4, width))
+            for each in (layers[0], layers[2]):
+                nn.init.trunc_normal_(each.weight, std=0.02)
+                nn.init.zeros_(each.bias)
+            return layers
+
+        self.projectors = trained_beside(
+            module,
+            "multi_teacher_distillation",
+            lambda: nn.ModuleList(projector(width) for width in (16, 16, HIDDEN, HIDDEN)),
+        )
+        self.scales: list[tuple[Tensor, Tensor] | None] = [None, None]
+        self.batches, self.steps = 0, 0
+
+    def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
+        rungs = [self.seen["encoder.0"].float(), self.seen["encoder"].float()]
+        self.taught = [self.other(batch[0].float()).detach(), self.teacher[0](batch[0])]
+        losses = []
+        for number, taught in enumerate(self.taught):
+            first, second = self.projectors[2 * number : 2 * number + 2]
+            student, scale = first(rungs[0]) + second(rungs[1]), self.scales[number]
+            if scale is not None:
+                taught = (taught - scale[0]) / (scale[1] + 1e-6)
+            cosine = (student * taught).sum(1) / student.norm(dim=1) / taught.norm(dim=1)
+            huber = F.huber_loss(student, taught, reduction="none").mean(1)
+            losses.append((1 - cosine) / 2 + huber / 2)
+        seed = torch.initial_seed() + crc32(
+            repr(("multi_teacher_distillation", self.batches)).encode()
+        )
+        draws = torch.rand(len(logits), 2, generator=torch.Generator().manual_seed(seed % 2**63))
+        self.batches += 1
+        total = logits.new_zeros(())
+        for row in range(len(logits)):
+            each = [loss[row] for loss in losses]
+            worst = int(torch.stack(each).argmax())
+            kept = [x for n, x in enumerate(each) if n == worst or draws[row, n] >= 0.5]
+            total = total + sum(kept) / len(kept)
+        return total / len(logits)
+
+    def stepped(self, module: Classifier) -> None:
+        super().stepped(module)
+        share = 0.001 + (1 - 0.001) * (1 + math.cos(math.pi * self.steps / self.total)) / 2
+        self.steps += 1
+        for number, taught in enumerate(self.taught):
+            mean, deviation = taught.mean(0), taught.std(0)
+            if (scale := self.scales[number]) is not None:
+                mean = scale[0] + share * (mean - scale[0])
+                deviation = scale[1] + share * (deviation - scale[1])
+            self.scales[number] = (mean, deviation)
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        self.total = total
+
+
 REFERENCES: dict[str, Callable[[], Reference]] = {
     "dropout_schedule": EarlyDropout,
     "multi_sample_dropout": ManyMasks,
@@ -440,6 +568,10 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "spectral_decoupling": Decoupled,
     "z_loss": Normalised,
     "weak_to_strong_confidence": OwnLabels,
+    "progressive_self_distillation": SoftLabels,
+    "knowledge_distillation": Blended,
+    "dual_head_distillation": lambda: SecondHead(decay=None),
+    "multi_teacher_distillation": lambda: TwoTeachers(decay=0.9),
 }
 
 
