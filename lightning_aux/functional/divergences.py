@@ -268,13 +268,13 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
-    """The class dimension counted from 0, if there are examples and the mask has their shape.
+    """The class dimension counted from 0, if there are logits and the mask has the right shape.
 
     Raises:
         ValueError: otherwise.
     """
     examples = shape_of_examples(logits, dim)
-    if math.prod(examples) == 0:
+    if logits.numel() == 0:
         raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
     if mask is not None and list(mask.shape) != examples:
         raise ValueError(
@@ -284,8 +284,9 @@ def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
     return dim % logits.ndim
 
 
-# What is measured in one block: made from the temperature, the class dimension and `binary`.
-_Make = Callable[[float, int, bool], Measure]
+# What is measured in one block: made from the temperature, the class dimension, `binary`, and the
+# number of classes.
+_Make = Callable[[float, int, bool, int], Measure]
 
 
 class _Classes(NamedTuple):
@@ -327,7 +328,8 @@ def _mean(
     if binary and student.ndim == 1:
         student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
     dim = checked_dim(student, mask, dim)
-    return mean_over_examples(student, teacher, mask, dim, make(temperature, dim, binary))
+    measure = make(temperature, dim, binary, student.shape[dim])
+    return mean_over_examples(student, teacher, mask, dim, measure)
 
 
 def _check_temperature(temperature: float) -> None:
@@ -349,7 +351,7 @@ def _of_predictions(
     `logs` both get q and p.
     """
 
-    def make(temperature: float, dim: int, binary: bool) -> Measure:
+    def make(temperature: float, dim: int, binary: bool, _: int) -> Measure:
         factor, classes = temperature**power, _Classes(dim, binary)
 
         def soften(logits: Tensor) -> Tensor:
@@ -468,7 +470,7 @@ def _alpha_slope(log_q: Tensor, log_p: Tensor, alpha: float, clip: float) -> Ten
     return log_ratio.mul_(alpha).expm1_().mul_(q).div_(-alpha)  # −q·((p/q)^α − 1)/α
 
 
-def _mse(temperature: float, dim: int, binary: bool) -> Measure:
+def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def finite(logits: Tensor) -> Tensor:  # −inf − (−inf) would be NaN
         return logits.clamp_min(torch.finfo(logits.dtype).min)
 
@@ -477,12 +479,12 @@ def _mse(temperature: float, dim: int, binary: bool) -> Measure:
 
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         d = finite(student).sub_(finite(teacher))
-        return d.square().mean(dim), d.mul_(2 / d.shape[dim])
+        return d.square().sum(dim), d
 
-    return Measure(values, slopes)
+    return Measure(values, slopes, 1 / classes, 2 / classes)
 
 
-def _cosine(temperature: float, dim: int, binary: bool) -> Measure:
+def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def cleaned(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         excluded = torch.isneginf(student) & torch.isneginf(teacher)
         return student.masked_fill(excluded, 0), teacher.masked_fill(excluded, 0)
