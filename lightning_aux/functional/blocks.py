@@ -145,11 +145,10 @@ def _gradient(
             weight = m.to(values.dtype)
             values, slope = values * weight, slope.mul_(weight.unsqueeze(dim))
         sums.append(values.sum())
-        slope.mul_(factor)
         if gradient is None:
-            gradient = slope.to(student.dtype)
+            gradient = slope.mul_(factor).to(student.dtype)
         else:
-            gradient[part] = slope
+            torch.mul(slope, factor, out=gradient[part])
     assert gradient is not None
     return _sum(sums) * (measure.factor / count), gradient
 

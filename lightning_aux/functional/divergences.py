@@ -255,8 +255,9 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# What is measured in one block: made from the temperature, the class dimension and `binary`.
-_Make = Callable[[float, int, bool], Measure]
+# What is measured in one block: made from the temperature, the class dimension, `binary`, and the
+# number of classes.
+_Make = Callable[[float, int, bool, int], Measure]
 
 
 class _Classes(NamedTuple):
@@ -298,7 +299,8 @@ def _mean(
     if binary and student.ndim == 1:
         student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
     dim = checked_dim(student, mask, dim)
-    return mean_over_examples(student, teacher, mask, dim, make(temperature, dim, binary))
+    measure = make(temperature, dim, binary, student.shape[dim])
+    return mean_over_examples(student, teacher, mask, dim, measure)
 
 
 def _check_temperature(temperature: float) -> None:
@@ -320,7 +322,7 @@ def _of_predictions(
     `logs` both get q and p.
     """
 
-    def make(temperature: float, dim: int, binary: bool) -> Measure:
+    def make(temperature: float, dim: int, binary: bool, _: int) -> Measure:
         factor, classes = temperature**power, _Classes(dim, binary)
 
         def soften(logits: Tensor) -> Tensor:
@@ -439,7 +441,7 @@ def _alpha_slope(log_q: Tensor, log_p: Tensor, alpha: float, clip: float) -> Ten
     return log_ratio.mul_(alpha).expm1_().mul_(q).div_(-alpha)  # −q·((p/q)^α − 1)/α
 
 
-def _mse(temperature: float, dim: int, binary: bool) -> Measure:
+def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def finite(logits: Tensor) -> Tensor:  # −inf − (−inf) would be NaN
         return logits.clamp_min(torch.finfo(logits.dtype).min)
 
@@ -448,12 +450,12 @@ def _mse(temperature: float, dim: int, binary: bool) -> Measure:
 
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         d = finite(student).sub_(finite(teacher))
-        return d.square().mean(dim), d.mul_(2 / d.shape[dim])
+        return d.square().sum(dim), d
 
-    return Measure(values, slopes)
+    return Measure(values, slopes, 1 / classes, 2 / classes)
 
 
-def _cosine(temperature: float, dim: int, binary: bool) -> Measure:
+def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def cleaned(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         excluded = torch.isneginf(student) & torch.isneginf(teacher)
         return student.masked_fill(excluded, 0), teacher.masked_fill(excluded, 0)

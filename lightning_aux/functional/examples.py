@@ -9,8 +9,6 @@ the mean of the gradients of two half batches equal the gradient of the whole ba
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,13 +32,13 @@ def shape_of_examples(logits: Tensor, dim: int) -> list[int]:
 
 
 def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
-    """The class dimension counted from 0, if there are examples and the mask has their shape.
+    """The class dimension counted from 0, if there are logits and the mask has the right shape.
 
     Raises:
         ValueError: otherwise.
     """
     examples = shape_of_examples(logits, dim)
-    if math.prod(examples) == 0:
+    if logits.numel() == 0:
         raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
     if mask is not None and list(mask.shape) != examples:
         raise ValueError(
