@@ -29,10 +29,10 @@ class Dropping(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def random_settings(seed: int) -> dict[str, Any]:
+def random_settings(seed: int, fewest_epochs: int = 1) -> dict[str, Any]:
     choose = random.Random(seed)
     mode = choose.choice(["early", "early", "late", "standard"])
-    epochs, batches = choose.randint(1, 5), choose.randint(2, 9)
+    epochs, batches = choose.randint(fewest_epochs, 5), choose.randint(2, 9)
     accumulate = choose.randint(1, 4)
     per_epoch = math.ceil(batches / accumulate)
     total = epochs * per_epoch
@@ -85,14 +85,12 @@ def test_the_rate_of_every_step_is_the_published_rule(seed, plain_trainer):
     assert model.encoder[2].p == 0.123
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_after_a_resume_the_rates_go_on_as_if_uninterrupted(seed, plain_trainer, tmp_path):
-    settings = random_settings(100 + seed)
-    settings["trainer"]["max_epochs"] = epochs = settings["trainer"]["max_epochs"] + 1
-    settings["total"] = epochs * math.ceil(
-        settings["batches"] / settings["trainer"]["accumulate_grad_batches"]
-    )
-    settings["written"] = settings["cut"] = min(3, settings["total"])
+@pytest.mark.parametrize("seed", range(30))
+def test_after_a_resume_in_the_middle_every_rate_is_the_published_rule(
+    seed, plain_trainer, tmp_path
+):
+    settings = random_settings(seed, fewest_epochs=2)
+    stopped = settings["trainer"]["max_epochs"] // 2
     loader = rows(4 * settings["batches"], 4)
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, enable_version_counter=False)
     whole = plain_trainer(
@@ -102,9 +100,10 @@ def test_after_a_resume_the_rates_go_on_as_if_uninterrupted(seed, plain_trainer,
     whole.fit(uninterrupted, loader)
     resumed = Dropping()
     plain_trainer(callbacks=[callback(settings)], **settings["trainer"]).fit(
-        resumed, loader, ckpt_path=tmp_path / "epoch=0.ckpt"
+        resumed, loader, ckpt_path=tmp_path / f"epoch={stopped - 1}.ckpt"
     )
-    assert resumed.rates == uninterrupted.rates[settings["batches"] :]
+    assert resumed.rates == uninterrupted.rates[stopped * settings["batches"] :]
+    assert resumed.rates
     assert all(rate == pytest.approx(published(settings, step)) for step, rate in resumed.rates)
 
 
@@ -207,6 +206,16 @@ def test_a_glob_drives_only_what_it_names(plain_trainer):
         model, rows()
     )
     assert model.rates == [[0.5, 0.5, 0.123]] * 3 + [[0.0, 0.0, 0.123]] * 3
+
+
+def test_what_is_driven_is_said_in_a_table_at_the_start(plain_trainer, caplog):
+    schedule = aux.DropoutSchedule(0.25, until=5)
+    plain_trainer(callbacks=[schedule]).fit(Dropping(), rows())
+    (text,) = [each.message for each in caplog.records if "drives" in each.message]
+    said, head, row = text.splitlines()
+    assert said == "lightning_aux: dropout_schedule drives"
+    assert head.split() == ["where", "what", "before", "schedule"]
+    assert row.split(maxsplit=3) == ["encoder.2", "Dropout.p", "0.123", str(schedule.schedule)]
 
 
 def test_two_schedules_drive_a_part_each(plain_trainer):

@@ -202,6 +202,15 @@ def test_the_index_of_the_phase_is_logged(plain_trainer):
     assert logged == [0.0, 0.0, 1.0, 1.0, 1.0, 2.0]
 
 
+def test_the_log_says_when_each_phase_begins(plain_trainer, caplog):
+    plain_trainer(callbacks=[aux.Phases(SPEC)], max_epochs=2).fit(Phased(), rows())
+    said = [each.message for each in caplog.records if "begins" in each.message]
+    assert said == [
+        f"lightning_aux: phase {name!r} begins after {steps} optimizer steps, in epoch {epoch}"
+        for name, steps, epoch in (("warmup", 0, 0), ("main", 2, 0), ("cool", 8, 1))
+    ]
+
+
 def test_without_hooks_training_is_bit_identical_to_none(plain_trainer):
     results, streams = [], []
     for callbacks in ([], [aux.Phases(SPEC)]):
