@@ -32,7 +32,7 @@ class Stepping:
         self._movers = engine.overriding("after_optimizer_step")
         self._deferred: list[list[Callable[[], None]]] = [[] for _ in self.optimizers]
         self._depths = [0 for _ in self.optimizers]
-        self._saving = self._virtual = False
+        self._saving = self._virtual = self._virtually = False
         self._looking = [each for each in engine.members.values() if each.lookahead]
         self._rehearsal = Rehearsal(engine)
         self._hooks: list[Any] = []
@@ -97,9 +97,10 @@ class Stepping:
             self._virtual = True
             try:
                 for number in range(max(each.lookahead for each in looking)):
+                    self._virtually = False
                     step()
                     for member in looking:
-                        if number < member.lookahead:
+                        if self._virtually and number < member.lookahead:
                             member.after_virtual_step(now)
             finally:
                 self._virtual = False
@@ -129,13 +130,18 @@ class Stepping:
         # torch wraps ``step`` in each class of an optimizer, so the hooks of one whose ``step``
         # calls ``super().step()`` fire once for every class.
         self._depths[place] -= 1
-        if self._depths[place] > 0 or self._saving or self._virtual:
+        if self._depths[place] > 0 or self._saving:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        # A fused optimizer is called but does nothing on overflow.
+        steps = found_inf is None or not bool(found_inf.item())
+        if self._virtual:
+            self._virtually = steps
             return
         deferred = self._deferred[place].copy()
         self._deferred[place].clear()
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf.item()):
-            return  # a fused optimizer is called but does nothing on overflow
+        if not steps:
+            return
         self._engine.clocks[place] += 1
         with torch.no_grad():
             for act in deferred:

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 import lightning_aux as aux
 from tests.engine.small_models import CLASSES, Classifier, equal, largest_difference, rows, weights
+from tests.gpu import training as scaled
 
 
 class Student(Classifier):
@@ -192,3 +193,15 @@ def test_where_it_cannot_work_is_said_before_training(plain_trainer):
     for schedule in ({0: 4}, {1: 2}):  # Trainer.accumulate_grad_batches is 1 before training
         with pytest.raises(aux.AuxiliaryError, match=message):
             fit(plain_trainer, aux.EMATeacher(lookahead=1), GradientAccumulationScheduler(schedule))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_virtual_step_that_a_scaler_skips_moves_no_teacher(fused):
+    """The second batch is too large, in its virtual step and in its real one."""
+    teacher = aux.EMATeacher(0.5, lookahead=1)
+    seen = scaled.ByBatch(lambda: teacher.store.pairs()[1])
+    module = scaled.new(fused=fused, overflows=(2, 3))
+    scaled.fit(module, "cpu", [teacher, seen], precision="16-mixed", max_epochs=1)
+    first, second, third = seen.seen[:3]
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(second, third, strict=True))

@@ -479,6 +479,68 @@ def test_an_adapter_that_appears_is_averaged_from_then_on_and_nothing_begins_aga
     assert len(seen) == 12
 
 
+class Thawing(Classifier):
+    """Its encoder is frozen for the first six steps; keeps its weights after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder.requires_grad_(False)
+        self.history: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.encoder.requires_grad_(self.current_epoch > 0)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.history.append(weights(self))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_that_are_unfrozen_are_averaged_as_if_they_had_trained(plain_trainer, offload):
+    teacher, model = aux.EMATeacher(0.9, offload=offload), Thawing()
+    first = weights(model)
+    plain_trainer(max_epochs=2, callbacks=[teacher]).fit(model, rows())
+    frozen, trained = (model.history[step]["encoder.0.weight"] for step in (5, 11))
+    assert torch.equal(frozen, first["encoder.0.weight"])
+    assert not torch.equal(frozen, trained)
+    expected = recursion([first, *model.history], [0.9] * 12)
+    assert largest_difference(teacher.store.state_dict(), expected) < 1e-6
+
+
+class Cycling(Thawing):
+    """A learning rate that falls within each cycle of four steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        """Everything trains."""
+        self.requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_post_hook(lambda *_: self.rates.append(rate()))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step % 4 / 5)
+
+        def rate() -> float:
+            return float(optimizer.param_groups[0]["lr"])
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def test_with_a_cyclical_rate_the_weights_at_its_lowest_are_averaged(plain_trainer):
+    teacher, model = aux.SWATeacher(start=0, every=4), Cycling()
+    plain_trainer(max_epochs=2, callbacks=[teacher]).fit(model, rows())
+    lowest = [step for step, rate in enumerate(model.rates) if rate == min(model.rates)]
+    assert lowest == [3, 7, 11]
+    expected = mean([model.history[step] for step in lowest])
+    assert teacher.updates == 3
+    assert largest_difference(teacher.store.state_dict(), expected) < 1e-6
+
+
 def test_no_hook_of_ours_stays_in_torch(plain_trainer):
     before = set(Registrations._watchers)
     plain_trainer(max_steps=2, callbacks=[aux.EMATeacher(), aux.SnapshotTeacher(every=1)]).fit(

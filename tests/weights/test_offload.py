@@ -22,6 +22,7 @@ from lightning_aux.weights import WeightStore, offload
 from lightning_aux.weights.offload import before_writing
 from tests.averages.test_ema_weights import Watched, parameters
 from tests.engine.small_models import Blind, Classifier, equal, rows, weights
+from tests.gpu import training as scaled
 
 
 class Late:
@@ -422,6 +423,17 @@ def test_a_training_is_the_same_with_it(plain_trainer, monkeypatch, name, reads)
         for (where, one), (there, other) in zip(plain.seen, module.seen, strict=True)
     )
     assert (threads(), offload._PARTS, offload._HOOKS) == ([], {}, [])
+
+
+def test_a_virtual_step_that_a_scaler_skips_is_undone_when_the_copies_are_made(late) -> None:
+    """Steps are taken in turn: virtual, real, virtual and too large, real."""
+    runs = []
+    for on in (False, True):
+        teacher, module = aux.EMATeacher(0.9, lookahead=1, offload=on), scaled.new(overflows=(2,))
+        scaled.fit(module, "cpu", [teacher], precision="16-mixed", max_epochs=1)
+        runs.append([weights(module), teacher.state()])
+    assert identical(*runs)
+    assert runs[0][1]["updates"] == 5
 
 
 def test_ema_weights_has_it_too_and_a_named_teacher_its_own(plain_trainer) -> None:
