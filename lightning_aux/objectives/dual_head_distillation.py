@@ -9,6 +9,7 @@ from lightning_aux.engine import AuxiliaryError, Engine, Step
 from lightning_aux.engine.taps import modules_at
 from lightning_aux.functional import sigmoid_divergence
 from lightning_aux.objective import Objective, ObjectiveOptions
+from lightning_aux.objectives.widths import input_width, output_width
 from lightning_aux.schedule import Schedule
 
 __all__ = ["DualHeadDistillation"]
@@ -27,7 +28,7 @@ class DualHeadDistillation(Objective):
     The paper's alignment of gradients, and its measurement of their conflict, are not part of it.
 
     Args:
-        classifier: path of the user's own last layer, a ``nn.Linear``.
+        classifier: path of the user's own last layer, or block of layers, which gives the logits.
         teacher: name of a teacher among the Trainer's callbacks.
         weight: α; 1 for CIFAR-100 and 0.1 for ImageNet in the authors' commands.
         temperature: T; 2 in the authors' code.
@@ -37,8 +38,8 @@ class DualHeadDistillation(Objective):
 
     Raises:
         AuxiliaryError: a temperature that is not positive; before training, a ``classifier`` that
-            is no ``nn.Linear``, or a teacher that is not attached; in a step, teacher's logits of
-            another shape than the head's.
+            has no layer with weights, or a teacher that is not attached; in a step, teacher's
+            logits of another shape than the head's.
     """
 
     def __init__(
@@ -59,16 +60,19 @@ class DualHeadDistillation(Objective):
         self.hidden = hidden
 
     def build_head(self, module: nn.Module) -> nn.Module:
-        (layer,) = modules_at(module, self.classifier, self.name).values()
-        if not isinstance(layer, nn.Linear):
+        (layer, *more) = modules_at(module, self.classifier, self.name).values()
+        inner, outer = input_width(layer), output_width(layer)
+        if more or inner is None or outer is None:
             raise AuxiliaryError(
-                f"{self.name}: classifier={self.classifier!r} is a {type(layer).__name__}. Name "
-                f"the nn.Linear whose output are the logits."
+                f"{self.name}: classifier={self.classifier!r} names {1 + len(more)} module(s), the "
+                f"first a {type(layer).__name__} whose layers do not say how many features they "
+                f"take and give. Name the nn.Linear, or the block of them, that gives the logits."
             )
         if self.hidden is None:
-            return nn.Linear(layer.in_features, layer.out_features)
-        wide, out = nn.Linear(layer.in_features, self.hidden), layer.out_features
-        return nn.Sequential(wide, nn.ReLU(), nn.Linear(self.hidden, out))
+            return nn.Linear(inner, outer)
+        return nn.Sequential(
+            nn.Linear(inner, self.hidden), nn.ReLU(), nn.Linear(self.hidden, outer)
+        )
 
     def check(self, engine: Engine) -> None:
         super().check(engine)

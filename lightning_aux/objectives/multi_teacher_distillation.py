@@ -13,6 +13,7 @@ from lightning_aux.engine import AuxiliaryError, Engine, Pass, Progress, Step
 from lightning_aux.engine.taps import describe, modules_at
 from lightning_aux.functional import feature_agreement, kept_teachers
 from lightning_aux.objective import Objective, ObjectiveOptions
+from lightning_aux.objectives.widths import output_width
 from lightning_aux.schedule import Schedule
 
 __all__ = ["MultiTeacherDistillation"]
@@ -123,16 +124,13 @@ class MultiTeacherDistillation(Objective):
                 raise AuxiliaryError(
                     f"{self.name}: {path!r} names {1 + len(more)} modules; name one."
                 )
-        for each in reversed(list(named.modules())):
-            for attribute in ("out_features", "out_channels", "embedding_dim", "num_features"):
-                if isinstance(width := getattr(each, attribute, None), int):
-                    return width
-            if isinstance(each, nn.LayerNorm):
-                return int(each.normalized_shape[-1])
-        raise AuxiliaryError(
-            f"{self.name}: how many features {path!r} has cannot be seen from its layers. Say it: "
-            f"widths={{{key!r}: ...}}."
-        )
+        width = output_width(named)
+        if width is None:
+            raise AuxiliaryError(
+                f"{self.name}: how many features {path!r} has cannot be seen from its layers. Say "
+                f"it: widths={{{key!r}: ...}}."
+            )
+        return width
 
     # ----------------------------------------------------------------------------- membership
     def check(self, engine: Engine) -> None:

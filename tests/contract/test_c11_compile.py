@@ -27,11 +27,12 @@ from tests.contract.probe import Probe
 from tests.contract.training import (
     PER_SAMPLE_TERMS,
     TERMS,
-    callbacks,
     fit,
     largest_difference,
     loader,
     seeded,
+    shared,
+    together,
     weights,
 )
 
@@ -42,16 +43,18 @@ STEPS = 10  # two epochs of five batches
 MODEL: dict[str, Any] = {"dropout": 0.2, "norm": True}
 # Everything in the registry, and a head beside it.
 EVERY = [*ENTRIES, "head"]
+TRAINED = [entry for entry in EVERY if shared(entry) == entry]  # for itself, or for others too
 
 # With a rate that changes in every step a compiled graph draws its masks from a tensor of the rate:
 # as many are dropped (tests/attribute_schedules), but not the same.
 DRAWN_OTHERWISE = "dropout_schedule"
 
 every_one = pytest.mark.parametrize("entry", EVERY)
+every_trained = pytest.mark.parametrize("entry", TRAINED)
 
 
 def added(entry: str) -> list[Any]:
-    return [Probe(0.5)] if entry == "head" else callbacks(entry, 0.5)
+    return [Probe(0.5)] if entry == "head" else together(entry, 0.5)
 
 
 class Encoder(nn.Sequential):
@@ -230,7 +233,7 @@ def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def effect(entry: str) -> float:
     """How far training without the term ends from training with it."""
-    return largest_difference(eager(entry)[""], eager(None)[""])
+    return largest_difference(eager(shared(entry))[""], eager(None)[""])
 
 
 @pytest.mark.parametrize("entry", [*TERMS, "dropout_schedule", "head"])
@@ -244,21 +247,29 @@ def test_compiled_training_ends_where_eager_training_does(
     entry: str, moment: str, way: str
 ) -> None:
     """Model, teachers and heads; every step ran a graph, and later steps made none anew."""
+    trained = shared(entry)
+    ended, runs, graphs = compiled(trained, moment, way)
+    if entry != DRAWN_OTHERWISE:
+        assert furthest(ended, eager(trained)) < TOLERANCE
+    assert runs >= STEPS
+    assert graphs[-1] == graphs[ENTRIES[entry].begins + 2 if entry in ENTRIES else 2]
+
+
+@cache
+def compiled(entry: str, moment: str, way: str) -> tuple[dict[str, Any], int, list[int]]:
+    """What the training ends with, how often a graph ran, and how many there were when."""
     backend = Backend("aot_eager" if moment == "before" else "eager")
     graphs = Graphs(backend)
-    compiled = results(
+    ended = results(
         Net,
         [*added(entry), graphs],
         lambda module: MOMENTS[moment](module, way, backend=backend),
     )
-    if entry != DRAWN_OTHERWISE:
-        assert furthest(compiled, eager(entry)) < TOLERANCE
-    assert backend.runs >= STEPS
-    assert graphs.after[-1] == graphs.after[ENTRIES[entry].begins + 2 if entry in ENTRIES else 2]
+    return ended, backend.runs, graphs.after
 
 
 @pytest.mark.parametrize("way", ["whole", "encoder_by_method"])
-@every_one
+@every_trained
 def test_f61_a_full_graph_stays_one_and_has_the_term_in_it(entry: str, way: str) -> None:
     """`fullgraph=True` raises wherever a wrapper or a hook would break the graph."""
     backend = Backend("eager")
@@ -330,7 +341,9 @@ def test_f58_the_average_of_a_compiled_model_moves_under_the_names_of_the_eager_
     assert max(float((now[name] - start[name]).abs().max()) for name in now) > 1e-3
 
 
-@pytest.mark.parametrize("entry", ["ema_teacher", *PER_SAMPLE_TERMS, "head"])
+@pytest.mark.parametrize(
+    "entry", [entry for entry in TRAINED if entry in ("ema_teacher", *PER_SAMPLE_TERMS, "head")]
+)
 @pytest.mark.parametrize("first_eager", [False, True], ids=["compiled first", "eager first"])
 def test_f58_a_checkpoint_of_the_compiled_model_resumes_eagerly_and_the_other_way_round(
     tmp_path: Any, first_eager: bool, entry: str

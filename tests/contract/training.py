@@ -16,11 +16,34 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lightning_aux.engine import Attached
+from lightning_aux.objective import Objective
 from lightning_aux.registry import ENTRIES
 from tests.contract.models import Samples
 
+
+def is_pure(objective: Objective) -> bool:
+    """Whether it has no head, no teacher, no memory and no path into the model."""
+    kind = type(objective)
+    own = (kind.build_head, kind.check, kind.companions, kind.start, kind.before_step)
+    base = (
+        Objective.build_head,
+        Objective.check,
+        Objective.companions,
+        Objective.start,
+        Objective.before_step,
+    )
+    return own == base and not objective.needs and not objective.reads
+
+
 TERMS = [name for name, entry in ENTRIES.items() if entry.objective is not None]
 PER_SAMPLE_TERMS = [name for name in TERMS if ENTRIES[name].per_sample]
+# Terms of logits and labels alone. Where a training is expensive all of them train in one: what
+# is compared there holds for the sum of them and for what each of them logs.
+PURE_TERMS = [
+    name
+    for name in TERMS
+    if all(isinstance(each, Objective) and is_pure(each) for each in ENTRIES[name].make(1.0))
+]
 INERT = [name for name, entry in ENTRIES.items() if entry.inert]
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES)
@@ -31,6 +54,17 @@ every_per_sample_term = pytest.mark.parametrize("entry", PER_SAMPLE_TERMS)
 def callbacks(entry: str, weight: float | str = 0.5) -> list[Attached]:
     """What the registry attaches under this name."""
     return ENTRIES[entry].make(weight)
+
+
+def shared(entry: str) -> str:
+    """The entry whose training stands for this one where pure terms train together."""
+    return PURE_TERMS[0] if entry in PURE_TERMS else entry
+
+
+def together(entry: str, weight: float | str = 0.5) -> list[Attached]:
+    """What is attached in the training of `shared(entry)`."""
+    names = PURE_TERMS if entry in PURE_TERMS else [entry]
+    return [each for name in names for each in callbacks(name, weight)]
 
 
 def quiet_trainer(added: Sequence[L.Callback] = (), **arguments: Any) -> L.Trainer:

@@ -20,9 +20,12 @@ def test_the_second_head_is_like_the_classifier_or_has_a_hidden_layer() -> None:
     assert wide.head[0].out_features == 20
 
 
-def test_a_classifier_that_is_not_linear_is_an_error_before_training() -> None:
-    with pytest.raises(aux.AuxiliaryError, match="is a Sequential"):
-        fit(seeded(Classifier), [aux.FrozenTeacher(), aux.DualHeadDistillation("encoder")])
+def test_a_classifier_may_be_a_block_and_has_to_have_weights() -> None:
+    block = aux.DualHeadDistillation("encoder", taps=aux.Taps(logits="encoder"))
+    fit(seeded(Classifier), [aux.FrozenTeacher(), block], max_epochs=1)
+    assert (block.head.in_features, block.head.out_features) == (6, 8)
+    with pytest.raises(aux.AuxiliaryError, match="a Tanh whose layers do not say"):
+        fit(seeded(Classifier), [aux.FrozenTeacher(), aux.DualHeadDistillation("encoder.1")])
 
 
 def test_a_teacher_with_other_classes_is_an_error_that_names_both_shapes() -> None:

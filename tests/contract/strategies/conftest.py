@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.contract.strategies import two_processes
+from tests.contract.training import shared
 from tests.two_processes import run_script
 
 LIMIT = 900  # seconds for all jobs of a place, on a busy machine too; no deadlock lasts
@@ -35,7 +36,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                 subprocess.TimeoutExpired,
             ) as error:  # earlier jobs have results
                 complaints[place] = str(error)
+        kind, _, case = job.rpartition(" ")
         written = folders[place] / f"{job}.{rank}.pt"
+        if not written.exists():
+            written = folders[place] / f"{kind} {shared(case)}.{rank}.pt"
         if not written.exists():
             pytest.fail(f"no result of {job!r}: {complaints.get(place, 'it is not a job')}")
         found: dict[str, Any] = torch.load(written, weights_only=True)

@@ -38,10 +38,18 @@ from tests.contract.strategies.watching import (
     with_companions,
 )
 from tests.contract.test_c01_do_no_harm import Watching
-from tests.contract.training import TERMS, callbacks, identical, quiet_trainer, random_state
+from tests.contract.training import (
+    TERMS,
+    identical,
+    quiet_trainer,
+    random_state,
+    shared,
+    together,
+)
 
 HEAD, WITHOUT = "head", "without"
 CASES = [*ENTRIES, HEAD]
+TRAINED = [case for case in CASES if shared(case) == case]  # for themselves, or for others too
 WEIGHT = "linear(0.2, 1, until=100%)"
 # Arguments of the model and of the Trainer.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -67,7 +75,7 @@ def added_for(case: str, weight: float | str | None = None) -> list[Any]:
         return []
     if case == HEAD:
         return [Probe() if weight is None else Probe(weight)]
-    return list(callbacks(case, WEIGHT if weight is None else weight))
+    return list(together(case, WEIGHT if weight is None else weight))
 
 
 def has_teacher(case: str) -> bool:
@@ -78,7 +86,7 @@ def has_teacher(case: str) -> bool:
 def jobs(place: Place, folder: Path) -> dict[str, Job]:
     """Every job of a place by its name."""
     found: dict[str, Job] = {"warm-up": partial(trained, place, WITHOUT, "sgd")}
-    for case in [WITHOUT, *CASES]:
+    for case in [WITHOUT, *TRAINED]:
         for variant in VARIANTS:
             found[f"{variant} {case}"] = partial(trained, place, case, variant)
         found[f"weight 0 {case}"] = partial(at_weight_zero, place, case)
@@ -86,7 +94,7 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
         for form in FORMS if place.sharded else ["file"]:
             found[f"{form} {case}"] = partial(resumed, place, folder, case, form)
         found[f"file, BatchNorm {case}"] = partial(resumed, place, folder, case, "file", norm=True)
-    for case in CASES:
+    for case in TRAINED:
         found[f"order {case}"] = partial(in_both_orders, place, case)
         found[f"unknown path {case}"] = partial(unknown_path, place, case)
         found[f"sizes {case}"] = partial(different_sizes, place, case)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from lightning_aux.registry import ENTRIES
 from tests.contract.strategies import jobs
 from tests.contract.strategies.places import PLACES
+from tests.contract.training import shared
 
 # One worker of pytest-xdist runs all tests of a place where groups are kept together (--dist
 # loadgroup); otherwise each of them starts its own two processes.
@@ -40,9 +41,13 @@ every_taught = pytest.mark.parametrize("entry", TAUGHT)
 TOLERANCE = 1e-5
 
 
-@cache
 def in_one_process(place: str, entry: str, variant: str) -> dict[str, Any]:
     """The same samples in the same steps."""
+    return _in_one_process(place, shared(entry), variant)
+
+
+@cache
+def _in_one_process(place: str, entry: str, variant: str) -> dict[str, Any]:
     return jobs.trained(PLACES[place].one_process, entry, variant)
 
 

@@ -44,8 +44,10 @@ def test_on_every_process_main_and_weighted_term_add_up_to_the_total(
         rows = ours(ended(place, f"sgd {entry}", rank)["rows"])
         assert len(rows) == 14
         for row in rows:
-            term = row[f"aux/{name}/weight"] * row.get(f"aux/{name}", 0.0)
-            assert row["aux/main"] + term == pytest.approx(row["aux/total"], abs=1e-6)
+            assert f"aux/{name}/weight" in row
+            terms = [key for key in row if f"{key}/weight" in row]
+            added = sum(row[f"{key}/weight"] * row[key] for key in terms)
+            assert row["aux/main"] + added == pytest.approx(row["aux/total"], abs=1e-6)
         assert sum(f"aux/{name}" in row for row in rows) == (11 if entry == HEAD else 14)
 
 

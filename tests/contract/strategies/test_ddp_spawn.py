@@ -17,7 +17,7 @@ from tests.contract.strategies.matrix import (
     in_one_process,
     replicated,
 )
-from tests.contract.training import identical
+from tests.contract.training import identical, shared
 from tests.two_processes import run_script
 
 pytestmark = [
@@ -34,6 +34,7 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
     run_script(spawned.__file__, folder, timeout=400)
 
     def read(case: str, who: int | str) -> dict[str, Any]:
+        case = shared(case)
         returned: Any = torch.load(folder / f"{case}.returned.pt", weights_only=True)
         if "error" in returned:
             pytest.fail(returned["error"])
