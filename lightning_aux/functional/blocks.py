@@ -52,7 +52,7 @@ def mean_over_examples(
 
     Args:
         student: `(…, classes, …)`; the result can be differentiated by it, any number of times.
-        teacher: the same shape; never differentiated.
+        teacher: the same shape, or class indices in the shape of the examples; no gradient.
         mask: the shape of the examples, or None.
         dim: the dimension of the classes, from 0.
         measure: what is averaged.
@@ -170,9 +170,11 @@ def _cleaned(
     if mask is not None:
         # Padding may hold anything, NaN included, and 0·NaN is NaN, in the gradient too.
         left_out = (mask == 0).unsqueeze(dim)
-        student, teacher = student.masked_fill(left_out, 0), teacher.masked_fill(left_out, 0)
+        student = student.masked_fill(left_out, 0)
+        if teacher.ndim == student.ndim:
+            teacher = teacher.masked_fill(left_out, 0)
     student = at_least_float32(student)
-    return student, teacher.to(student.dtype)
+    return student, teacher.to(student.dtype) if teacher.is_floating_point() else teacher
 
 
 Part = tuple[slice, ...]
@@ -183,11 +185,9 @@ def _cut(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if part is None:
         return student, teacher, mask
-    return (
-        student[part],
-        teacher[part],
-        None if mask is None else mask[part[:dim] + part[dim + 1 :]],
-    )
+    examples = part[:dim] + part[dim + 1 :]
+    other = teacher[part if teacher.ndim == student.ndim else examples]
+    return student[part], other, None if mask is None else mask[examples]
 
 
 def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part | None]:

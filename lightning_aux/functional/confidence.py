@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .examples import expected, labelled, mean, prepared
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim, expected, labelled, prepared
 
 __all__ = ["confidence_penalty", "confidences", "confident_labels", "coverage_loss"]
 
@@ -35,12 +36,27 @@ def confidence_penalty(
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
     """
-    log_q = torch.log_softmax(prepared(logits, mask, dim), dim)
-    q = log_q.exp()
-    negative_entropy = (q * torch.where(q > 0, log_q, 0)).sum(dim)
-    if threshold is not None:
-        negative_entropy = (threshold + negative_entropy).clamp_min(0)
-    return mean(negative_entropy, mask)
+    dim = checked_dim(logits, mask, dim)
+    limit = math.inf if threshold is None else threshold
+
+    def values(z: Tensor, _: Tensor) -> Tensor:
+        log_q = torch.log_softmax(z, dim)
+        q = log_q.exp()
+        negative = (q * torch.where(q > 0, log_q, 0)).sum(dim)
+        return negative if threshold is None else (threshold + negative).clamp_min(0)
+
+    def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(z, dim)
+        q = log_q.exp()
+        terms = torch.where(q > 0, log_q, 0).mul_(q)
+        negative = terms.sum(dim, keepdim=True)
+        slope = terms.sub_(q.mul_(negative))
+        negative = negative.squeeze(dim)
+        if threshold is None:
+            return negative, slope
+        return (limit + negative).clamp_min(0), slope.mul_((-negative < limit).unsqueeze(dim))
+
+    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))
 
 
 def coverage_loss(
@@ -50,6 +66,7 @@ def coverage_loss(
     mask: Tensor | None = None,
     dim: int = -1,
     sequence: bool = False,
+    difference: bool = False,
 ) -> Tensor:
     """Mean of −log(1 − (1 − p)^N): how likely none of N independent answers is right.
 
@@ -68,22 +85,46 @@ def coverage_loss(
         dim: class dimension.
         sequence: p is of a whole answer, the product over all dimensions but the first; the mean
             is over the batch. Otherwise over all examples.
+        difference: how much more (or less) it is than the cross entropy −log p.
 
     Returns:
-        A scalar, at least 0: float64 for float64 logits, else float32.
+        A scalar, without `difference` at least 0: float64 for float64 logits, else float32.
 
     Raises:
         ValueError: N below 1; no examples, a missing dimension, a target or mask of another shape.
     """
     if not samples >= 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
+    dim = checked_dim(logits, mask, dim)
     target, counted = labelled(logits, target, mask, dim)
-    log_p = expected(torch.log_softmax(prepared(logits, mask, dim), dim), target, dim)
+
+    def of(log_p: Tensor) -> Tensor:
+        return _none_of(log_p, samples) + log_p if difference else _none_of(log_p, samples)
+
     if sequence:
+        log_p = expected(torch.log_softmax(prepared(logits, mask, dim), dim), target, dim)
         if counted is not None:
             log_p = torch.where(counted != 0, log_p, 0)
-        return _none_of(log_p.flatten(1).sum(1), samples).mean()
-    return mean(_none_of(log_p, samples), counted)
+        return of(log_p.flatten(1).sum(1)).mean()
+
+    def values(z: Tensor, y: Tensor) -> Tensor:
+        return of(expected(torch.log_softmax(z, dim), y, dim))
+
+    def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(z, dim)
+        with torch.enable_grad():  # of one number for each example
+            log_p = expected(log_q, y, dim).requires_grad_()
+            found = of(log_p)
+            (steep,) = torch.autograd.grad(found.sum(), log_p)
+        steep = steep.unsqueeze(dim)
+        slope = log_q.exp_().mul_(-steep)
+        if y.is_floating_point():
+            slope.mul_(y.sum(dim, keepdim=True)).add_(steep * y)
+        else:
+            slope.scatter_add_(dim, y.unsqueeze(dim), steep)
+        return found.detach(), slope
+
+    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes))
 
 
 def _none_of(log_p: Tensor, samples: float) -> Tensor:

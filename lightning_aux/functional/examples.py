@@ -62,14 +62,6 @@ def prepared(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return at_least_float32(logits)
 
 
-def mean(per_example: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over all examples; those that the mask leaves out count 0, also infinite ones."""
-    if mask is None:
-        return per_example.mean()
-    counted = torch.where(mask != 0, per_example, 0)
-    return (counted if mask.dtype == torch.bool else counted * mask.to(per_example.dtype)).mean()
-
-
 def labelled(
     logits: Tensor, target: Tensor, mask: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,6 +89,8 @@ def labelled(
             f"shape {tuple(logits.shape)}, but is {target.dtype} of shape {tuple(target.shape)}"
         )
     known = target != IGNORED
+    if known.device.type == "cpu" and not torch.compiler.is_compiling() and bool(known.all()):
+        return target.long(), mask  # asking is free here, and a mask costs one more pass
     return target.long().masked_fill(~known, 0), known if mask is None else known & (mask != 0)
 
 

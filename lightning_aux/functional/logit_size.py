@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .examples import labelled, mean, prepared
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim, labelled
 
 __all__ = ["spectral_decoupling", "z_loss"]
 
@@ -42,18 +43,28 @@ def spectral_decoupling(
         ValueError: for no examples, a missing dimension, a mask or target of another shape, or an
             offset per class without a target.
     """
-    z = prepared(logits, mask, dim)
-    counted = mask
+    dim = checked_dim(logits, mask, dim)
+    counted, other = mask, logits
     if not isinstance(offset, int | float):
         if target is None:
             raise ValueError(f"the offset {tuple(offset)} per class needs a target")
         if target.is_floating_point():
             raise ValueError("an offset per class needs class indices, not probabilities")
-        target, counted = labelled(logits, target, mask, dim)
-        z = z - z.new_tensor(offset)[target].unsqueeze(dim)
-    elif offset:
-        z = z - offset
-    return mean(z.square().sum(dim) / 2, counted)
+        other, counted = labelled(logits, target, mask, dim)
+
+    def away(z: Tensor, y: Tensor) -> Tensor:
+        if isinstance(offset, int | float):
+            return z - offset
+        return z - z.new_tensor(offset)[y].unsqueeze(dim)
+
+    def values(z: Tensor, y: Tensor) -> Tensor:
+        return away(z, y).square().sum(dim) / 2
+
+    def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        slope = away(z, y)
+        return slope.square().sum(dim), slope
+
+    return mean_over_examples(logits, other, counted, dim, Measure(values, slopes, factor=0.5))
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -76,4 +87,13 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
     """
-    return mean(torch.logsumexp(prepared(logits, mask, dim), dim).square(), mask)
+    dim = checked_dim(logits, mask, dim)
+
+    def values(z: Tensor, _: Tensor) -> Tensor:
+        return torch.logsumexp(z, dim).square()
+
+    def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        log_z = torch.logsumexp(z, dim, keepdim=True)
+        return log_z.squeeze(dim).square(), (z - log_z).exp_().mul_(log_z)
+
+    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes, slope_factor=2.0))

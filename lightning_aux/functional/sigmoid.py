@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from .examples import mean, prepared
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim
 
 __all__ = ["sigmoid_divergence"]
 
@@ -47,9 +48,17 @@ def sigmoid_divergence(
         )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be finite and above 0, not {temperature}")
-    s, t = prepared(student, mask, dim), prepared(teacher.detach(), mask, dim)
-    half = (s - t) / (2 * temperature)
-    # log cosh x = |x| + log(1 + exp(−2|x|)) − log 2, which no x makes overflow.
-    size = half.abs()
-    log_cosh = size + torch.nn.functional.softplus(-2 * size) - math.log(2)
-    return temperature**2 * mean(log_cosh.sum(dim), mask)
+    dim = checked_dim(student, mask, dim)
+
+    def half(s: Tensor, t: Tensor) -> Tensor:
+        return (s - t) / (2 * temperature)
+
+    def values(s: Tensor, t: Tensor) -> Tensor:
+        # log cosh x = |x| + log(1 + exp(−2|x|)) − log 2, which no x makes overflow.
+        size = half(s, t).abs()
+        return temperature**2 * (size + softplus(-2 * size) - math.log(2)).sum(dim)
+
+    def slopes(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return values(s, t), half(s, t).tanh_().mul_(temperature / 2)
+
+    return mean_over_examples(student, teacher, mask, dim, Measure(values, slopes))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .examples import expected, labelled, mean, prepared
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim, expected, labelled
 
 __all__ = ["label_smoothing", "max_suppression"]
 
@@ -32,9 +34,24 @@ def label_smoothing(
     Raises:
         ValueError: for no examples, a missing dimension, or a target or mask of another shape.
     """
+    dim = checked_dim(logits, mask, dim)
     target, counted = labelled(logits, target, mask, dim)
-    z = prepared(logits, mask, dim)
-    return mean(expected(z, target, dim) - z.mean(dim), counted)
+
+    def values(z: Tensor, y: Tensor) -> Tensor:
+        return expected(z, y, dim) - z.mean(dim)
+
+    def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        even = -1 / z.shape[dim]
+        if y.is_floating_point():
+            return values(z, y), y + even
+        return values(z, y), _raised(torch.full_like(z, even), y, dim)
+
+    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes))
+
+
+def _raised(slope: Tensor, place: Tensor, dim: int) -> Tensor:
+    """1 more in one class of each example."""
+    return slope.scatter_add_(dim, place.unsqueeze(dim), slope.new_ones(()).expand_as(slope))
 
 
 def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -56,5 +73,14 @@ def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
     """
-    z = prepared(logits, mask, dim)
-    return mean(z.max(dim).values - z.mean(dim), mask)
+    dim = checked_dim(logits, mask, dim)
+
+    def values(z: Tensor, _: Tensor) -> Tensor:
+        return z.max(dim).values - z.mean(dim)
+
+    def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        largest, place = z.max(dim)
+        slope = torch.full_like(z, -1 / z.shape[dim])
+        return largest - z.mean(dim), _raised(slope, place, dim)
+
+    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))

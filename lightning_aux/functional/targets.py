@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .examples import expected, labelled, mean, prepared
+from .blocks import Measure, mean_over_examples
+from .examples import checked_dim, labelled
 
 __all__ = ["target_change"]
 
@@ -34,7 +35,26 @@ def target_change(
     Raises:
         ValueError: for no examples, a missing dimension, or a target or mask of another shape.
     """
+    dim = checked_dim(logits, mask, dim)
     old, counted = labelled(logits, old.detach(), mask, dim)
     new, counted = labelled(logits, new.detach(), counted, dim)
-    log_q = torch.log_softmax(prepared(logits, mask, dim), dim)
-    return mean(expected(log_q, old, dim) - expected(log_q, new, dim), counted)
+    change = _dense(old, logits, dim) - _dense(new, logits, dim)
+
+    def values(z: Tensor, d: Tensor) -> Tensor:
+        log_q = torch.log_softmax(z, dim)
+        return (d * torch.where(d == 0, 0, log_q)).sum(dim)
+
+    def slopes(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(z, dim)
+        found = torch.where(d == 0, 0, log_q).mul_(d).sum(dim)
+        return found, log_q.exp_().mul_(-d.sum(dim, keepdim=True)).add_(d)
+
+    return mean_over_examples(logits, change, counted, dim, Measure(values, slopes))
+
+
+def _dense(target: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """The target as probabilities in the shape of the logits."""
+    if target.is_floating_point():
+        return target
+    dense = torch.zeros_like(logits, dtype=torch.float32)
+    return dense.scatter_(dim, target.unsqueeze(dim), 1)

@@ -56,6 +56,12 @@ class ConfidenceLimit(Objective):
         self.dim = dim
 
     def loss(self, step: Step) -> Tensor:
-        seen = (step.logits, step.target)
-        coverage = coverage_loss(*seen, self.samples, step.mask, self.dim, self.sequence)
-        return coverage - coverage_loss(*seen, 1, step.mask, self.dim, self.sequence)
+        return coverage_loss(
+            step.logits,
+            step.target,
+            self.samples,
+            step.mask,
+            self.dim,
+            self.sequence,
+            difference=True,
+        )
