@@ -24,6 +24,7 @@ from lightning_aux.objectives.multi_sample_dropout import MultiSampleDropout
 from lightning_aux.objectives.parameter_anchor import ParameterAnchor
 from lightning_aux.objectives.self_distillation import SelfDistillation, SelfDistillationMixin
 from lightning_aux.phases import Phases
+from lightning_aux.quantized_weights import QuantizedWeights
 from lightning_aux.taps import Taps
 from lightning_aux.teachers import (
     EMATeacher,
@@ -51,6 +52,7 @@ __all__ = [
     "ObjectiveOptions",
     "ParameterAnchor",
     "Phases",
+    "QuantizedWeights",
     "RandomTeacher",
     "SWATeacher",
     "SelfDistillation",
@@ -73,12 +75,14 @@ class Entry:
         begins: optimizer steps before the objective has something to learn from.
         inert: whether training with these callbacks is bit-identical to training without, at
             weight 0 (C1). True for everything but what changes the model's own behaviour.
+        sharded: whether it works where parameters are sharded; else a named error says so.
     """
 
     make: Callable[[float | str], list[Attached]]
     objective: str | None = None
     inert: bool = True
     begins: int = 0
+    sharded: bool = True
 
 
 ENTRIES: dict[str, Entry] = {
@@ -126,6 +130,9 @@ ENTRIES: dict[str, Entry] = {
     ),
     "attribute_schedule": Entry(
         lambda weight: [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05)"})], inert=False
+    ),
+    "quantized_weights": Entry(
+        lambda weight: [QuantizedWeights(bits=3, bucket=16)], inert=False, sharded=False
     ),
     "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(

@@ -24,6 +24,7 @@ from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
 from .logit_size import spectral_decoupling, z_loss
+from .quantization import quantize
 from .smoothing import label_smoothing, max_suppression
 from .targets import cross_entropy, target_change
 from .votes import majority_vote, mean_vote
@@ -57,6 +58,7 @@ __all__ = [
     "output_anchor",
     "power_decay",
     "power_exponent",
+    "quantize",
     "reverse_kl_divergence",
     "spectral_decoupling",
     "squared_distance",

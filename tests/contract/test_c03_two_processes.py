@@ -27,6 +27,7 @@ JOBS = two_processes.jobs()
 
 # The samples of one step are the same in one and in two processes; what a dropout drops is not.
 COMPARABLE = [*(name for name, entry in ENTRIES.items() if entry.inert), "head"]
+COMPARABLE += ["quantized_weights"]
 COMPARABLE += [f"{entry} accumulated" for entry in UNDRAWN_TERMS]
 
 
