@@ -40,6 +40,7 @@ from lightning_aux.objectives.spectral_decoupling import SpectralDecoupling
 from lightning_aux.objectives.weak_to_strong import WeakToStrongConfidence
 from lightning_aux.objectives.z_loss import ZLoss
 from lightning_aux.phases import Phases
+from lightning_aux.quantized_weights import QuantizedWeights
 from lightning_aux.taps import Taps
 from lightning_aux.teachers import (
     EMATeacher,
@@ -77,6 +78,7 @@ __all__ = [
     "ParameterAnchor",
     "Phases",
     "ProgressiveSelfDistillation",
+    "QuantizedWeights",
     "RandomTeacher",
     "SWATeacher",
     "SelfDistillation",
@@ -105,6 +107,7 @@ class Entry:
             is measured or drawn for the batch as a whole.
         inert: whether training with these callbacks is bit-identical to training without, at
             weight 0 (C1). True for everything but what changes the model's own behaviour.
+        sharded: whether it works where parameters are sharded; else a named error says so.
     """
 
     make: Callable[[float | str], list[Attached]]
@@ -112,6 +115,7 @@ class Entry:
     inert: bool = True
     begins: int = 0
     per_sample: bool = True
+    sharded: bool = True
 
 
 def _wider_model() -> nn.Module:
@@ -183,6 +187,9 @@ ENTRIES: dict[str, Entry] = {
     ),
     "attribute_schedule": Entry(
         lambda weight: [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05)"})], inert=False
+    ),
+    "quantized_weights": Entry(
+        lambda weight: [QuantizedWeights(bits=3, bucket=16)], inert=False, sharded=False
     ),
     "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(

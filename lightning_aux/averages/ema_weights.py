@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine
 from lightning_aux.engine.engine import STATE_KEY
-from lightning_aux.engine.patches import Patches
+from lightning_aux.engine.patches import Patches, evaluation_loop
 from lightning_aux.schedule import Schedule, Time
 from lightning_aux.teachers import EMATeacher, Teacher
 from lightning_aux.weights import WeightStore, files
@@ -152,20 +152,9 @@ class EMAWeights(Attached):
         store = self._store()
         if stage != "fit" and store is not None:  # before a strategy writes, to have all alike
             self._changed = self._changed or store.versions() != self._belongs_to
-        loop = trainer.fit_loop.epoch_loop.val_loop if stage == "fit" else _loop_of(trainer, stage)
-        run, save_checkpoint = loop.run, trainer.save_checkpoint
-
-        def run_with_average(*args: Any, **kwargs: Any) -> Any:
-            with self._average(pl_module):
-                return run(*args, **kwargs)
-
-        def save_raw_weights(*args: Any, **kwargs: Any) -> Any:
-            store = self._store()
-            with nullcontext() if store is None else store.aside():
-                return save_checkpoint(*args, **kwargs)
-
-        self._patches.wrap(loop, "run", run_with_average)
-        self._patches.wrap(trainer, "save_checkpoint", save_raw_weights)
+        loop = evaluation_loop(trainer, stage)
+        self._patches.surround(loop, "run", lambda: self._average(pl_module))
+        self._patches.surround(trainer, "save_checkpoint", self._raw)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
@@ -203,6 +192,11 @@ class EMAWeights(Attached):
     def _store(self) -> WeightStore | None:
         return self._source.store if self._source is not None else self._loaded
 
+    def _raw(self) -> AbstractContextManager[None]:
+        """The module with its own weights."""
+        store = self._store()
+        return nullcontext() if store is None else store.aside()
+
     def _average(self, module: Any) -> AbstractContextManager[None]:
         """The module with the average, where there is one of its weights."""
         store, source = self._store(), self._source
@@ -218,11 +212,3 @@ class EMAWeights(Attached):
             self._warned = True
             return nullcontext()
         return store.in_place(evaluating=True, buffers=source.buffers_now() if source else None)
-
-
-def _loop_of(trainer: Any, stage: str) -> Any:
-    return {
-        "validate": trainer.validate_loop,
-        "test": trainer.test_loop,
-        "predict": trainer.predict_loop,
-    }[stage]

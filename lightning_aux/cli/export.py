@@ -1,4 +1,4 @@
-"""`lightning-aux export`: a plain checkpoint of averaged weights."""
+"""`lightning-aux export`: a plain checkpoint of averaged, or of quantised, weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_aux import AuxiliaryError, Taps
 from lightning_aux.weights import export as write_average
+from lightning_aux.weights import quantized as write_quantized
 from lightning_aux.weights import recompute_batch_norm
 from lightning_aux.weights.batch_norm import as_in_training, measured_norms
 from lightning_aux.weights.files import read_checkpoint, weights_in, write_checkpoint
@@ -29,7 +30,10 @@ def export(args: Sequence[str]) -> int:
         AuxiliaryError: When the checkpoint cannot be read or has no average of that name.
     """
     given = _parser().parse_args(args)
-    write_average(given.checkpoint, given.out, given.teacher)
+    if given.quantized:
+        write_quantized(given.checkpoint, given.out)
+    else:
+        write_average(given.checkpoint, given.out, given.teacher)
     print(f"wrote {given.out}")
     if given.config is not None:
         layers = _recompute(given.config, given.out, given.batches)
@@ -40,13 +44,15 @@ def export(args: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-aux export",
-        description="Write the average in a checkpoint as a plain checkpoint, which loads with "
-        "strict=True wherever the model is known.",
+        description="Write the average in a checkpoint, or its quantised weights, as a plain "
+        "checkpoint, which loads with strict=True wherever the model is known.",
     )
     parser.add_argument("checkpoint", type=Path, help="of a run with EMAWeights or a teacher")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument(
-        "--teacher", help="whose weights; not needed where only one teacher has any"
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--teacher", help="whose weights; not needed where only one teacher has any")
+    which.add_argument(
+        "--quantized", action="store_true", help="no average, but what QuantizedWeights evaluates"
     )
     parser.add_argument(
         "--recompute-batch-norm",

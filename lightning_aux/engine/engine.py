@@ -6,7 +6,8 @@ training step runs is in ``running``; members know tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 from zlib import crc32
@@ -27,6 +28,7 @@ from lightning_aux.engine.model_call import ModelCall
 from lightning_aux.engine.passes import Passes
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.running import Running
+from lightning_aux.engine.stand_in import StandIn
 from lightning_aux.engine.step import Pass, Progress, Step
 from lightning_aux.engine.tail import Tail
 from lightning_aux.engine.taps import Locations
@@ -99,6 +101,7 @@ class Engine:
         self.horizon: Horizon | None = None
         self.division: Division | None = None
         self.clocks = [0]
+        self.stand_ins: list[StandIn] = []  # for the weights, within a step
         self.objectives: list[TermLike] = []
         self._teachers: dict[str, TeacherLike] = {}
         self._patches = Patches()
@@ -339,6 +342,19 @@ class Engine:
         except ValueError as error:
             raise AuxiliaryError(f"{asked_by}: {error}") from error
 
+    @contextmanager
+    def own_weights(self) -> Iterator[None]:
+        """The module with its own weights, where others stand in for them within a step."""
+        with ExitStack() as stack:
+            for each in self.stand_ins:
+                stack.enter_context(each.aside())
+            yield
+
+    def give_back_weights(self) -> None:
+        """End what stands in for the module's weights."""
+        for each in self.stand_ins:
+            each.restore()
+
     def overriding(self, method: str) -> list[Attached]:
         """The members that have a ``method`` of their own."""
         base, members = getattr(Attached, method), self.members.values()
@@ -387,6 +403,7 @@ class Engine:
             for member in self.members.values():
                 member.stop()
         finally:
+            self.give_back_weights()
             if self._running is not None:
                 self.passes.stop()
                 self._running.stop()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import update_wrapper
 from typing import Any
 
-__all__ = ["Patches", "Wrapper"]
+__all__ = ["Patches", "Wrapper", "evaluation_loop"]
 
 _ABSENT = object()
 
@@ -47,6 +48,22 @@ class Wrapper:
         return copy.copy, (self._method,)
 
 
+class Surrounded(Wrapper):
+    """A method that is called within the contexts that several have asked for, in their order."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.contexts: list[Callable[[], AbstractContextManager[None]]] = []
+        self.removal = Patches()  # of this wrapper itself
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for each in self.contexts:
+                    stack.enter_context(each())
+                return method(*args, **kwargs)
+
+        super().__init__(method, within)
+
+
 class Patches:
     """Replaces attributes on single instances and restores exactly what was there before.
 
@@ -56,6 +73,7 @@ class Patches:
 
     def __init__(self) -> None:
         self._done: list[tuple[Any, str, Any, Any]] = []
+        self._surrounding: list[tuple[Surrounded, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name`` on the instance, past any ``__setattr__`` of its class."""
@@ -68,8 +86,29 @@ class Patches:
         """Have ``function`` called in place of the method ``owner.name``."""
         self.set(owner, name, Wrapper(getattr(owner, name), function, transparent))
 
+    def surround(
+        self, owner: Any, name: str, context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Have the method ``owner.name`` called within ``context()``.
+
+        Several may surround one method, and end that in any order.
+        """
+        there = owner.__dict__.get(name)
+        if not isinstance(there, Surrounded):
+            there = Surrounded(getattr(owner, name))
+            there.removal.set(owner, name, there)
+        there.contexts.append(context)
+        self._surrounding.append((there, context))
+
     def undo(self) -> None:
         """Put everything back, the latest replacement first."""
+        while self._surrounding:
+            there, context = self._surrounding[-1]
+            if context in there.contexts:
+                there.contexts.remove(context)
+            if not there.contexts:
+                there.removal.undo()
+            self._surrounding.pop()
         while self._done:  # each is forgotten once it is done, should Ctrl-C come in between
             owner, name, value, before = self._done[-1]
             if owner.__dict__.get(name, _ABSENT) is value:
@@ -78,3 +117,14 @@ class Patches:
                 else:
                     owner.__dict__[name] = before
             self._done.pop()
+
+
+def evaluation_loop(trainer: Any, stage: str) -> Any:
+    """The loop whose ``run`` is the whole evaluation of a stage; in ``fit`` the validation's."""
+    loops = {
+        "fit": trainer.fit_loop.epoch_loop.val_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }
+    return loops[stage]

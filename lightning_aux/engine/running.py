@@ -106,6 +106,7 @@ class Running:
         state = self._now = StepState(record, batch_idx, now)
         stepped = engine.clocks.copy()
         record.began = self._capture.random_states()
+        awaits_backward = False
         try:
             self._capture.record = record
             state.output = training_step(*args, **kwargs)
@@ -113,12 +114,16 @@ class Running:
             state.finished = True
             engine.model_call.bind(record)
             if self._module.automatic_optimization:
-                return self._joined_output(state)
+                output = self._joined_output(state)
+                awaits_backward = output is not None
+                return output
             self._check_joined(state, stepped)
             return state.output
         finally:
             self._capture.record = None
             self._now = None
+            if not awaits_backward:
+                engine.give_back_weights()
 
     def _batch_of(self, args: Any, kwargs: Any) -> Any:
         if "batch" in kwargs:

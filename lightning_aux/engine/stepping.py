@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.rehearsal import Rehearsal
 
@@ -56,7 +57,9 @@ class Stepping:
             if place is not None:  # a step that raised has not reached its end
                 self._depths[place] = 0
                 self._look_ahead(place, lambda: optimizer_step(optimizer, *args, **kwargs))
-            returned = optimizer_step(optimizer, *args, **kwargs)
+            self._check_closure(args, kwargs)
+            with self._engine.own_weights():
+                returned = optimizer_step(optimizer, *args, **kwargs)
             if place is not None:  # what waited for a step that a gradient scaler has skipped
                 self._deferred[place].clear()
             return returned
@@ -86,6 +89,21 @@ class Stepping:
 
             patches.wrap(module, "toggle_optimizer", noted_toggle)
             patches.wrap(module, "untoggle_optimizer", noted_untoggle)
+
+    def _check_closure(self, args: Any, kwargs: Any) -> None:
+        closure = kwargs.get("closure", args[0] if args else None)
+        # Lightning's own, in place of none.
+        if getattr(closure, "__name__", "") != "do_nothing_closure":
+            self._refuse("a closure would be called with the full-precision weights")
+
+    def _refuse(self, why: str) -> None:
+        """In manual optimisation, what other weights in the module cannot follow."""
+        for each in self._engine.stand_ins:
+            if each.in_place:
+                raise AuxiliaryError(
+                    f"{each.whose} has other weights in the module during training_step, and {why}."
+                    f" Call self.manual_backward(loss), then step() of self.optimizers()."
+                )
 
     def _look_ahead(self, place: int, step: Callable[[], Any]) -> None:
         """Take virtual steps for the members that want to see where they lead."""
@@ -124,6 +142,7 @@ class Stepping:
 
     def _stepping(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depths[place] += 1
+        self._refuse("an optimizer that is stepped past Lightning would move those")
 
     def _stepped(self, place: int, optimizer: Any, args: Any, kwargs: Any) -> None:
         """A real optimizer step: its teachers, memories and schedules move, once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,6 +26,7 @@ __all__ = [
     "find_target",
     "is_glob",
     "key_path",
+    "matches_any",
     "modules_at",
     "plain_path",
 ]
@@ -94,6 +95,11 @@ def modules_at(root: nn.Module, path: str, asked_by: str) -> dict[str, nn.Module
 def plain_path(name: str) -> str:
     """A module's name without the ``_orig_mod`` that ``torch.compile`` puts in between."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def matches_any(name: str, globs: Iterable[str]) -> bool:
+    """Whether the plain name of a parameter matches one of ``globs``."""
+    return any(fnmatchcase(name, plain_path(glob)) for glob in globs)
 
 
 def key_path(nested: Any, path: str, what: str) -> Any:

@@ -29,6 +29,7 @@ from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
 from .logit_size import spectral_decoupling, z_loss
 from .multi_teacher import feature_agreement, kept_teachers
+from .quantization import quantize
 from .sigmoid import sigmoid_divergence
 from .smoothing import label_smoothing, max_suppression
 from .soft_cross_entropy import soft_cross_entropy
@@ -68,6 +69,7 @@ __all__ = [
     "output_anchor",
     "power_decay",
     "power_exponent",
+    "quantize",
     "reverse_kl_divergence",
     "sigmoid_divergence",
     "soft_cross_entropy",

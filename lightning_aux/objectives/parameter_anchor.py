@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 from zlib import crc32
@@ -17,7 +16,8 @@ from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Ste
 from lightning_aux.engine.clock import accumulates
 from lightning_aux.engine.distributed import same_everywhere, shards_parameters
 from lightning_aux.engine.errors import near_matches
-from lightning_aux.engine.taps import plain_path
+from lightning_aux.engine.stand_in import StandIn
+from lightning_aux.engine.taps import matches_any, plain_path
 from lightning_aux.functional import (
     data_emphasized_divergence,
     squared_distance,
@@ -118,7 +118,7 @@ class ParameterAnchor(Objective):
         self._groups: list[list[int]] = []  # places of anchored and of new ones in step.weights
         self._grouped_for: list[nn.Parameter] = []
         self._names: dict[int, str] = {}
-        self._noise = _Noise()
+        self._noise = _Noise(self.name)
         self._seed = 0  # the same on every process, as is what the noise is added to
         self._noted: tuple[list[Tensor], list[int]] = [], []
 
@@ -134,7 +134,7 @@ class ParameterAnchor(Objective):
         named = engine.module.named_parameters()
         names = {plain_path(name) for name, each in named if each.requires_grad}
         for glob in (*self.parameters, *self.new):
-            if not any(_matches(name, (glob,)) for name in names):
+            if not any(matches_any(name, (glob,)) for name in names):
                 raise AuxiliaryError(
                     f"{self.name}: no trainable parameter is called {glob!r}. "
                     f"{near_matches(glob, sorted(names))}"
@@ -166,7 +166,7 @@ class ParameterAnchor(Objective):
                 )
 
     def _anchors(self, name: str) -> bool:
-        return _matches(name, (*self.parameters, *self.new))
+        return matches_any(name, (*self.parameters, *self.new))
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         super().start(engine, state)
@@ -226,8 +226,8 @@ class ParameterAnchor(Objective):
             named = self._names
             if any(id(each) not in named for each in live):
                 named |= _names_in(module)
-            new = [i for i, p in enumerate(live) if _matches(named[id(p)], self.new)]
-            kept = {i for i, p in enumerate(live) if _matches(named[id(p)], self.parameters)}
+            new = [i for i, p in enumerate(live) if matches_any(named[id(p)], self.new)]
+            kept = {i for i, p in enumerate(live) if matches_any(named[id(p)], self.parameters)}
             self._groups = [sorted(kept - {*new}), new]
             self._grouped_for = list(live)
         anchored, new = self._groups
@@ -308,15 +308,15 @@ class _Sigma(nn.Module):
 class _Noise:
     """σ·ε on parameters, from the beginning of a step until its gradients are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, whose: str) -> None:
+        self._stand_in = StandIn(whose, self._noisy)
         self._live: dict[int, nn.Parameter] = {}
-        self._before: list[Tensor] = []
         self._drawn: list[Tensor] = []  # ε
         self._scaled: dict[int, Tensor] = {}  # σ·ε
 
     @property
     def added(self) -> bool:
-        return bool(self._live)
+        return self._stand_in.in_place
 
     @torch.no_grad()
     def add(self, live: dict[int, nn.Parameter], sigma: Tensor, seed: int) -> None:
@@ -328,15 +328,17 @@ class _Noise:
             for p in values
         ]
         scaled = list(torch._foreach_mul(self._drawn, sigma.to(values[0])))
-        self._before = [each.detach().clone() for each in values]
         self._scaled = dict(zip(live, scaled, strict=True))
         self._live = live
         before_writing()
-        torch._foreach_add_(values, scaled)
+        self._stand_in.put(values)
+
+    def _noisy(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch._foreach_add(list(values), [*self._scaled.values()])
 
     def onto(self, values: list[Tensor], places: list[int]) -> list[Tensor]:
         """The same noise on other values, those of ``places``."""
-        if not self._live:
+        if not self.added:
             return values
         noise = [
             self._scaled[place].to(each.dtype) for place, each in zip(places, values, strict=True)
@@ -360,17 +362,15 @@ class _Noise:
     def along(self, places: list[int], anchors: list[Tensor]) -> Tensor:
         """Σ ε · (θ − φ) over the parameters at ``places``, θ without the noise."""
         order = {place: i for i, place in enumerate(self._live)}
-        before = [self._before[order[place]] for place in places]
+        before = [self._stand_in.own[order[place]] for place in places]
         drawn = [self._drawn[order[place]] for place in places]
         away = torch._foreach_sub(before, anchors)
         products = torch._foreach_mul(drawn, away)
         return torch.stack([each.sum(dtype=torch.float32) for each in products]).sum()
 
-    @torch.no_grad()
     def remove(self) -> None:
         """Give the parameters their own values back, bit for bit; again if interrupted."""
-        if self._live:
-            torch._foreach_copy_(cast("list[Tensor]", [*self._live.values()]), self._before)
+        self._stand_in.restore()
         self._live = {}
 
 
@@ -380,7 +380,3 @@ def _is(one: Any, other: Any) -> bool:
 
 def _names_in(module: nn.Module) -> dict[int, str]:
     return {id(each): plain_path(name) for name, each in module.named_parameters()}
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, plain_path(glob)) for glob in globs)

@@ -1,7 +1,7 @@
 """Weights beside the live ones: a store of values by name, and checkpoint files of such values."""
 
 from lightning_aux.weights.batch_norm import recompute_batch_norm
-from lightning_aux.weights.files import export
+from lightning_aux.weights.files import export, quantized
 from lightning_aux.weights.soups import (
     Soup,
     greedy_soup,
@@ -18,6 +18,7 @@ __all__ = [
     "export",
     "greedy_soup",
     "interpolate",
+    "quantized",
     "recompute_batch_norm",
     "synthesize_ema",
     "uniform_soup",

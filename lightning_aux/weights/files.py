@@ -15,9 +15,10 @@ from torch import Tensor
 from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.engine import STATE_KEY
 from lightning_aux.engine.taps import plain_path
+from lightning_aux.functional.quantization import quantize
 from lightning_aux.functional.shards import local
 
-__all__ = ["export", "read_checkpoint", "weights_in", "write_checkpoint"]
+__all__ = ["export", "quantized", "read_checkpoint", "weights_in", "write_checkpoint"]
 
 Source: TypeAlias = str | Path
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -183,6 +184,46 @@ def export(checkpoint: Source, out: Source, teacher: str | None = None) -> None:
     state = average_in(read, teacher, where)
     _check_names(read, state, where)
     write_checkpoint(read, state["weights"], out, state.get("ties"))
+
+
+def quantized(checkpoint: Source, out: Source) -> None:
+    """Write the weights that `QuantizedWeights` evaluates with as a plain checkpoint.
+
+    Every parameter that was quantised in the run has the values that it has in an evaluation, in
+    the dtype that it was trained in; the rest is as in the checkpoint. See `write_checkpoint`.
+
+    Args:
+        checkpoint: of a run with `QuantizedWeights`, whose ``state_dict`` is in full precision.
+        out: the file to write.
+
+    Raises:
+        AuxiliaryError: no file, one of a run without, or a parameter is not in it by its name.
+    """
+    where = f"quantized: {str(checkpoint)!r}"
+    read = read_checkpoint(checkpoint, "quantized")
+    members = (read.get(STATE_KEY) or {}).get("members", {})
+    found = [state for state in members.values() if "quantized" in state]
+    if not found:
+        raise AuxiliaryError(
+            f"{where}: the checkpoint was written without QuantizedWeights among the Trainer's "
+            f"callbacks, or with save_weights_only=True, by which Lightning leaves out what they "
+            f"keep. For weights alone there is lightning_aux.functional.quantize."
+        )
+    named = {plain_path(key): key for key in weights_in(read, where)}
+    lost = [name for state in found for name in state["quantized"] if name not in named]
+    if lost:
+        raise AuxiliaryError(
+            f"{where}: the state_dict has none of the names {_some(lost)} of quantised parameters. "
+            f"Somebody has renamed the keys (on_save_checkpoint of the module?). Give them the "
+            f"names of the module's parameters and export that."
+        )
+    weights = weights_in(read, where)
+    new = {
+        name: quantize(weights[named[name]], state["bits"], state["bucket"])
+        for state in found
+        for name in state["quantized"]
+    }
+    write_checkpoint(read, new, out)
 
 
 def _check_names(read: Mapping[str, Any], state: Mapping[str, Any], where: str) -> None:

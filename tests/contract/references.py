@@ -330,6 +330,32 @@ class FallingRate(Reference):
             group["lr"] = 0.2 + (0.05 - 0.2) * steps / total
 
 
+class Rounded(Reference):
+    """Weights are rounded to eight values in each sixteen while gradients are computed."""
+
+    def begin(self, module: Classifier) -> None:
+        self.own: dict[Tensor, Tensor] = {}
+        for name, each in module.named_parameters():
+            if name.endswith(".weight"):
+                self.own[each] = each.detach().clone()
+                each.register_post_accumulate_grad_hook(self.give_back)
+
+    def give_back(self, weight: Tensor) -> None:
+        weight.data.copy_(self.own[weight])
+
+    def before(self, module: Classifier, steps: int, total: int) -> None:
+        for weight in self.own:
+            self.own[weight] = weight.detach().clone()
+            pieces = weight.detach().float().flatten().split(16)
+            rounded = [self.eight_values(piece) for piece in pieces]
+            weight.data.copy_(torch.cat(rounded).view_as(weight))
+
+    def eight_values(self, piece: Tensor) -> Tensor:
+        low, high = piece.min(), piece.max()
+        span = high - low if high - low >= 1e-10 else torch.ones(())
+        return ((piece - low) / span * 7).round() / 7 * span + low
+
+
 class ManyMasks(Reference):
     """Three masks; those after the first are drawn where the docstrings say they are."""
 
@@ -547,6 +573,7 @@ REFERENCES: dict[str, Callable[[], Reference]] = {
     "dropout_schedule": EarlyDropout,
     "multi_sample_dropout": ManyMasks,
     "stochastic_depth_schedule": LeftOut,
+    "quantized_weights": Rounded,
     "attribute_schedule": FallingRate,
     "ema_anchor_output": lambda: OutputAnchor(decay=0.9),
     "ema_anchor_weight": lambda: WeightAnchor(decay=0.9),

@@ -18,6 +18,7 @@ from lightning_aux import (
     EMAAnchor,
     EMAWeights,
     MultiSampleDropout,
+    QuantizedWeights,
     Step,
     StochasticDepthSchedule,
 )
@@ -283,6 +284,8 @@ def test_f56_schedulers_and_the_curve_of_the_rate_are_those_without_us(
                 "multi_sample_dropout": lambda: [MultiSampleDropout("encoder", weight=0.0)],
                 "stochastic_depth_schedule": lambda: [StochasticDepthSchedule(0.0, "encoder.1")],
                 "ema_weights": lambda: [EMAWeights(decay=0.0)],
+                # Of two values one is the least and one the greatest: the losses are the same.
+                "quantized_weights": lambda: [QuantizedWeights(bucket=2)],
             }.get(case, lambda: list(callbacks(case, 0.0)))()
         watching = Rates()
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=8, save_top_k=-1)

@@ -50,6 +50,8 @@ from tests.contract.training import (
 HEAD, WITHOUT = "head", "without"
 CASES = [*ENTRIES, HEAD]
 TRAINED = [case for case in CASES if shared(case) == case]  # for themselves, or for others too
+# What trains where parameters are whole only, and says so elsewhere.
+REFUSED = [name for name, entry in ENTRIES.items() if not entry.sharded]
 WEIGHT = "linear(0.2, 1, until=100%)"
 # Arguments of the model and of the Trainer.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -86,7 +88,8 @@ def has_teacher(case: str) -> bool:
 def jobs(place: Place, folder: Path) -> dict[str, Job]:
     """Every job of a place by its name."""
     found: dict[str, Job] = {"warm-up": partial(trained, place, WITHOUT, "sgd")}
-    for case in [WITHOUT, *TRAINED]:
+    cases = [case for case in TRAINED if not (place.sharded and case in REFUSED)]
+    for case in [WITHOUT, *cases]:
         for variant in VARIANTS:
             found[f"{variant} {case}"] = partial(trained, place, case, variant)
         found[f"weight 0 {case}"] = partial(at_weight_zero, place, case)
@@ -94,7 +97,7 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
         for form in FORMS if place.sharded else ["file"]:
             found[f"{form} {case}"] = partial(resumed, place, folder, case, form)
         found[f"file, BatchNorm {case}"] = partial(resumed, place, folder, case, "file", norm=True)
-    for case in TRAINED:
+    for case in cases:
         found[f"order {case}"] = partial(in_both_orders, place, case)
         found[f"unknown path {case}"] = partial(unknown_path, place, case)
         found[f"sizes {case}"] = partial(different_sizes, place, case)
@@ -111,7 +114,10 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
     found["wandb"] = partial(one_wandb_run, place, folder)
     for name, weight in SILENT.items():
         found[f"silent head {name}"] = partial(silent_head, place, weight)
-    if not place.sharded:
+    if place.sharded:
+        for case in REFUSED:
+            found[f"refused {case}"] = partial(refused, place, case)
+    else:
         found["failing beside nan"] = partial(failing_beside_nan, place)
         found["adversaries"] = partial(adversaries, place)
         for entry in TERMS:
@@ -268,6 +274,10 @@ def ended_by_exception(place: Place, case: str) -> dict[str, Any]:
 
 def unknown_path(place: Place, case: str) -> dict[str, Any]:
     return failing(place, [*added_for(case), Taps(logits="haed")])[0]
+
+
+def refused(place: Place, case: str) -> dict[str, Any]:
+    return failing(place, added_for(case))[0]
 
 
 class Sick(Objective):

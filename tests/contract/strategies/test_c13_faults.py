@@ -10,6 +10,7 @@ import pytest
 from lightning_aux.registry import ENTRIES
 from tests.contract.strategies import empty_batch
 from tests.contract.strategies.jobs import (
+    REFUSED,
     SICK_AT,
     SIZES,
     different_sizes_in_turn,
@@ -20,6 +21,7 @@ from tests.contract.strategies.matrix import (
     every_case,
     every_comparable,
     every_place,
+    every_sharded_place,
     furthest,
     in_ddp,
     replicated,
@@ -40,6 +42,20 @@ def test_an_unknown_path_is_a_named_error_on_every_process_before_training(
         assert kind == "AuxiliaryError"
         assert "haed" in message
         assert "head" in message
+        assert noted["global_step"] == 0
+
+
+@every_sharded_place
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_needs_whole_parameters_says_so_before_training(
+    ended: Any, place: str, case: str
+) -> None:
+    for rank in (0, 1):
+        noted = ended(place, f"refused {case}", rank)
+        kind, message = noted["raised"]
+        assert kind == "AuxiliaryError"
+        assert message.startswith(f"{case}: ")
+        assert "shards" in message
         assert noted["global_step"] == 0
 
 
