@@ -213,6 +213,11 @@ class MultiTeacherDistillation(Objective):
                 f"{self.name}: the output of {where!r} is {describe(features)}. It needs (batch, "
                 f"features), (batch, length, features) or maps (batch, channels, height, width)."
             )
+        if features.numel() == 0:
+            raise AuxiliaryError(
+                f"{self.name}: the batch is empty (the output of {where!r} has the shape "
+                f"{tuple(features.shape)}). Drop empty batches in the dataloader."
+            )
         return features.mean((2, 3)) if features.ndim == 4 else features
 
 

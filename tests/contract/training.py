@@ -41,7 +41,7 @@ PER_SAMPLE_TERMS = [name for name in TERMS if ENTRIES[name].per_sample]
 # is compared there holds for the sum of them and for what each of them logs.
 PURE_TERMS = [
     name
-    for name in TERMS
+    for name in PER_SAMPLE_TERMS
     if all(isinstance(each, Objective) and is_pure(each) for each in ENTRIES[name].make(1.0))
 ]
 INERT = [name for name, entry in ENTRIES.items() if entry.inert]

@@ -40,6 +40,7 @@ from tests.contract.strategies.watching import (
 from tests.contract.test_c01_do_no_harm import Watching
 from tests.contract.training import (
     TERMS,
+    callbacks,
     identical,
     quiet_trainer,
     random_state,
@@ -367,7 +368,7 @@ def emptied(place: Place) -> DataLoader[Any]:
 
 
 def empty_batch(place: Place, entry: str) -> dict[str, Any]:
-    return failing(place, added_for(entry, 0.5), data=emptied(place))[0]
+    return failing(place, callbacks(entry, 0.5), data=emptied(place))[0]
 
 
 class OnFirstRank(Objective):

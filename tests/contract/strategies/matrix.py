@@ -35,6 +35,8 @@ in_ddp = pytest.mark.parametrize("place", [_PLACES["ddp"]])
 every_case = pytest.mark.parametrize("entry", jobs.CASES)
 # The samples of one step are the same in one and in two processes; what a dropout drops is not.
 COMPARABLE = [name for name in jobs.CASES if name == jobs.HEAD or ENTRIES[name].inert]
+PER_SAMPLE = [name for name in COMPARABLE if name == jobs.HEAD or ENTRIES[name].per_sample]
+every_comparable_per_sample = pytest.mark.parametrize("entry", PER_SAMPLE)
 every_comparable = pytest.mark.parametrize("entry", COMPARABLE)
 TAUGHT = [name for name in jobs.CASES if jobs.has_teacher(name)]
 every_taught = pytest.mark.parametrize("entry", TAUGHT)

@@ -31,6 +31,7 @@ from tests.contract.strategies.matrix import (
     furthest,
 )
 from tests.contract.strategies.places import PLACES
+from tests.contract.training import shared
 
 every_form = pytest.mark.parametrize("form", FORMS)
 # What Lightning calls the part of a folder that is not sharded.
@@ -39,7 +40,7 @@ META = "meta.pt"
 
 def checkpoint(ended: Any, place: str, entry: str, form: str = "file") -> Path:
     ended(place, f"{form} {entry}")
-    path: Path = ended.folder(place) / form / entry / f"step={SAVED_AT}.ckpt"
+    path: Path = ended.folder(place) / form / shared(entry) / f"step={SAVED_AT}.ckpt"
     assert path.is_file() if form == "file" else path.is_dir()
     return path
 

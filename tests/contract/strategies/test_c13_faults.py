@@ -19,7 +19,7 @@ from tests.contract.strategies.jobs import (
 from tests.contract.strategies.matrix import (
     TOLERANCE,
     every_case,
-    every_comparable,
+    every_comparable_per_sample,
     every_place,
     every_sharded_place,
     furthest,
@@ -93,7 +93,7 @@ def test_an_error_on_one_process_is_not_taken_for_a_nan_on_another(ended: Any, p
 
 
 @every_place
-@every_comparable
+@every_comparable_per_sample
 def test_f45_batches_of_different_sizes_train_on_the_mean_of_their_means(
     ended: Any, place: str, entry: str
 ) -> None:
