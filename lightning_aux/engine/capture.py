@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_aux.engine.errors import AuxiliaryError
+from lightning_aux.engine.patches import Patches
 from lightning_aux.engine.step import Call, Record
 from lightning_aux.engine.taps import is_glob, modules_at
 
@@ -24,7 +25,7 @@ Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 class Capture:
     """Records calls of chosen submodules into the current `Record`, if there is one."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: Any) -> None:
         self._root = root
         self._hooks: dict[str, _Hook] = {}
         self._globs: dict[str, list[str]] = {}
@@ -43,6 +44,22 @@ class Capture:
             for name, module in found.items():
                 if name not in self._hooks:
                     self._hooks[name] = _Hook(self, name, module)
+
+    def wrap_forward(self, patches: Patches) -> None:
+        """Record the calls of the root's own ``forward``, whose hooks fire twice under DDP."""
+        forward = self._root.forward
+
+        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.record is None:
+                return forward(*args, **kwargs)
+            given, named = apart((args, kwargs))
+            before = versions((given, named))
+            returned = forward(*args, **kwargs)
+            call = Call(given, named, returned, overwritten=versions((given, named)) != before)
+            self.record.add("", call)
+            return returned
+
+        patches.wrap(self._root, "forward", recorded_forward)
 
     def settle(self, record: Record) -> None:
         """The model has run: what it has not overwritten is kept as it is, not as a copy."""
