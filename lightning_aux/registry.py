@@ -16,6 +16,9 @@ from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutSc
 from lightning_aux.attribute_schedules.stochastic_depth import StochasticDepthSchedule
 from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.diagnostics.gradient_direction import GradientDirection
+from lightning_aux.diagnostics.instability_monitor import InstabilityMonitor
+from lightning_aux.diagnostics.risk_coverage import RiskCoverage
+from lightning_aux.diagnostics.selective_classification import SelectiveClassification
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.early_learning import EarlyLearningRegularization
@@ -45,6 +48,7 @@ __all__ = [
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "GradientDirection",
+    "InstabilityMonitor",
     "ModelSoup",
     "MultiSampleDropout",
     "Objective",
@@ -52,7 +56,9 @@ __all__ = [
     "ParameterAnchor",
     "Phases",
     "RandomTeacher",
+    "RiskCoverage",
     "SWATeacher",
+    "SelectiveClassification",
     "SelfDistillation",
     "SelfDistillationMixin",
     "SnapshotTeacher",
@@ -127,6 +133,8 @@ ENTRIES: dict[str, Entry] = {
     "attribute_schedule": Entry(
         lambda weight: [AttributeSchedule({"optimizer.lr": "linear(0.2, 0.05)"})], inert=False
     ),
+    "selective_classification": Entry(lambda weight: [SelectiveClassification(ece=True)]),
+    "instability_monitor": Entry(lambda weight: [InstabilityMonitor()]),
     "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(
         lambda weight: [EMAAnchor(weight=weight, entropy=0.1, temperature=2.0, decay=0.9)],

@@ -23,7 +23,16 @@ from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
+from .instability import learning_rate_sensitivity, max_attention_logit
 from .logit_size import spectral_decoupling, z_loss
+from .selective_classification import (
+    area_under_risk_coverage,
+    coverage_at_risk,
+    max_softmax_score,
+    normalized_max_logit,
+    risk_at_coverage,
+    risk_coverage_curve,
+)
 from .smoothing import label_smoothing, max_suppression
 from .targets import cross_entropy, target_change
 from .votes import majority_vote, mean_vote
@@ -31,9 +40,11 @@ from .votes import majority_vote, mean_vote
 __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
+    "area_under_risk_coverage",
     "confidence_penalty",
     "confidences",
     "confident_labels",
+    "coverage_at_risk",
     "coverage_loss",
     "cross_entropy",
     "data_emphasized_divergence",
@@ -50,14 +61,20 @@ __all__ = [
     "jensen_shannon_divergence",
     "kl_divergence",
     "label_smoothing",
+    "learning_rate_sensitivity",
     "majority_vote",
+    "max_attention_logit",
+    "max_softmax_score",
     "max_suppression",
     "mean_vote",
+    "normalized_max_logit",
     "optimal_target_weight",
     "output_anchor",
     "power_decay",
     "power_exponent",
     "reverse_kl_divergence",
+    "risk_at_coverage",
+    "risk_coverage_curve",
     "spectral_decoupling",
     "squared_distance",
     "synthesis_weights",

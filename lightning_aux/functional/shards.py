@@ -6,12 +6,21 @@ Everything here leaves a plain tensor as it is, so a formula on parameters is wr
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gathered", "is_sharded", "like", "local", "part_of", "sum_over_parts"]
+__all__ = [
+    "gathered",
+    "is_sharded",
+    "like",
+    "local",
+    "part_of",
+    "sum_over_parts",
+    "sums_over_parts",
+]
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
@@ -90,3 +99,27 @@ def sum_over_parts(values: list[Tensor], tensors: list[Tensor]) -> Tensor:
                 dist.all_reduce(part, group=mesh.get_group(dimension))
         total = total + part
     return total
+
+
+def sums_over_parts(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Each of ``values`` summed over the processes that hold other parts of its tensor.
+
+    Args:
+        values: ``(n,)``, one for each tensor, computed from ``local(tensor)``.
+        tensors: n of them; see `sum_over_parts`.
+
+    Returns:
+        ``(n,)``, the same on every process; one collective for each way of distributing.
+    """
+    ways: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            ways.setdefault((tensor.device_mesh, tensor.placements), []).append(place)
+    values = values.clone()
+    for (mesh, placements), places in ways.items():
+        part = values[places]
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                dist.all_reduce(part, group=mesh.get_group(dimension))
+        values[places] = part
+    return values
