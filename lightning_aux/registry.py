@@ -21,6 +21,9 @@ from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutSc
 from lightning_aux.attribute_schedules.stochastic_depth import StochasticDepthSchedule
 from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.diagnostics.gradient_direction import GradientDirection
+from lightning_aux.diagnostics.instability_monitor import InstabilityMonitor
+from lightning_aux.diagnostics.risk_coverage import RiskCoverage
+from lightning_aux.diagnostics.selective_classification import SelectiveClassification
 from lightning_aux.engine import Attached
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.confidence_limit import ConfidenceLimit
@@ -67,6 +70,7 @@ __all__ = [
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "GradientDirection",
+    "InstabilityMonitor",
     "KnowledgeDistillation",
     "LabelSmoothing",
     "MaxSup",
@@ -80,7 +84,9 @@ __all__ = [
     "ProgressiveSelfDistillation",
     "QuantizedWeights",
     "RandomTeacher",
+    "RiskCoverage",
     "SWATeacher",
+    "SelectiveClassification",
     "SelfDistillation",
     "SelfDistillationMixin",
     "SnapshotTeacher",
@@ -191,6 +197,8 @@ ENTRIES: dict[str, Entry] = {
     "quantized_weights": Entry(
         lambda weight: [QuantizedWeights(bits=3, bucket=16)], inert=False, sharded=False
     ),
+    "selective_classification": Entry(lambda weight: [SelectiveClassification(ece=True)]),
+    "instability_monitor": Entry(lambda weight: [InstabilityMonitor()]),
     "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(
         lambda weight: [EMAAnchor(weight=weight, entropy=0.1, temperature=2.0, decay=0.9)],

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_aux.engine.errors import AuxiliaryError
-from lightning_aux.engine.step import Progress
+from lightning_aux.engine.step import Progress, Step
+from lightning_aux.engine.taps import Locations
 from lightning_aux.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Attached(Callback):
 
     optimizer: int = 0
     """Index of the optimizer whose steps this one counts (several in manual optimisation)."""
+
+    locations: Locations = Locations()
+    """Where this one finds logits and the like, before any `Taps` of the Trainer."""
 
     turn: ClassVar[int] = 0
     """Whose `before_step` comes first: lower numbers, and names among equals."""
@@ -181,6 +185,12 @@ class Attached(Callback):
 
     def before_step(self, now: Progress) -> None:
         """Called before the user's ``training_step`` of every micro-batch."""
+
+    def observe(self, step: Step) -> None:
+        """Look at a step that Lightning logs, and at the first, without a gradient.
+
+        Called once the model has run, before any term is computed, and before `logged`.
+        """
 
     def after_restart(self) -> None:
         """Called when a generation has begun again: weights and optimizer are as at first."""

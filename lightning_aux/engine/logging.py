@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_aux.engine.attached import Attached
 
-__all__ = ["log_hyperparameters", "log_step", "logs_now"]
+__all__ = ["log_hyperparameters", "log_of_member", "log_step", "logs_now"]
 
 
 def logs_now(trainer: Any) -> bool:
@@ -30,6 +30,15 @@ def log_step(module: Any, values: dict[str, Any], members: Mapping[str, Attached
     for name, member in members.items():
         values |= {f"aux/{name}/{key}": value for key, value in member.logged().items()}
     module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+
+def log_of_member(module: Any, name: str, values: Mapping[str, Any]) -> None:
+    """Log what a member knows of this step only after `log_step`, once the optimizer has stepped.
+
+    To be called where `logs_now`.
+    """
+    keyed = {f"aux/{name}/{key}": value for key, value in values.items()}
+    module.log_dict(keyed, on_step=True, on_epoch=False, batch_size=1)
 
 
 def log_hyperparameters(trainer: Any, module: Any, members: Mapping[str, Attached]) -> None:

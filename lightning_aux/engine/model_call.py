@@ -33,8 +33,9 @@ class ModelCall:
     )
     remedy = "Taps(forward=lambda module, batch: ...)"
 
-    def __init__(self, module: nn.Module, capture: Capture) -> None:
+    def __init__(self, module: nn.Module, capture: Capture, step: str = "training_step") -> None:
         self._module = module
+        self._step = step
         self._capture = capture
         self._path: str | None = None
         self._candidates: list[str] = []
@@ -68,15 +69,15 @@ class ModelCall:
             later = [path for path in called if path != self._path]
             if later:  # a teacher could run that part, but the logits come out of another
                 self.doubt = (
-                    f"{name}.training_step does not call self(...), and after {self._path!r} it "
+                    f"{name}.{self._step} does not call self(...), and after {self._path!r} it "
                     f"calls {', '.join(map(repr, later))}: it is not clear which of them gives "
-                    f"the logits. Call self(x) in training_step, or {say}."
+                    f"the logits. Call self(x) in {self._step}, or {say}."
                 )
         else:
             self.where = (
-                f"{name}.training_step does not call self(...), and it is not clear which "
+                f"{name}.{self._step} does not call self(...), and it is not clear which "
                 f"submodule is the model (called: {', '.join(called) or 'none'}). Call self(x) in "
-                f"training_step, or {say}."
+                f"{self._step}, or {say}."
             )
         self._capture.drop([path for path in self._own_hooks if path != self._path])
 

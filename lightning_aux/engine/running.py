@@ -39,6 +39,8 @@ class Running:
         self._stepping = Stepping(engine)
         # By name already, which decides among equals.
         self._preparers = sorted(engine.overriding("before_step"), key=lambda each: each.turn)
+        self._observers = engine.overriding("observe")
+        self._observed = False
         self._verdicts = Verdicts()
         # Sharded models communicate inside of a term: a process that fails there cannot go on to
         # tell the others, and Lightning ends them.
@@ -190,6 +192,9 @@ class Running:
         engine = self._engine
         self._capture.settle(state.record)
         state.loss = loss
+        logs = logs_now(self._trainer)
+        if self._observers and not state.observed and (logs or not self._observed):
+            self._show(state)
         values: dict[str, Any] = {}
         weights: dict[str, float] = {}
         acts: dict[str, list[Callable[[], None]]] = {}
@@ -218,13 +223,23 @@ class Running:
                 total = total + weights[name] * term
         if engine.heads:
             total = total + engine.heads.zero_term(self._stepping.toggled)
-        if logs_now(self._trainer):
+        if logs:
             if joining:  # several manual_backward calls of one step add up
                 state.main = state.main + loss.detach()
                 state.total = state.total + total.detach()
                 values |= {"aux/main": state.main, "aux/total": state.total}
             log_step(self._module, values, engine.members)
         return total
+
+    def _show(self, state: StepState) -> None:
+        """Show the step to those who only look on, before any term runs the model again."""
+        state.observed = self._observed = True
+        engine = self._engine
+        with torch.no_grad():
+            for member in self._observers:
+                locations = member.locations.over(engine.locations)
+                step = Step(engine, state, locations, member.name, member.optimizer, _never)
+                member.observe(step)
 
     def _term(
         self, objective: TermLike, state: StepState, acts: dict[str, list[Callable[[], None]]]
@@ -294,3 +309,7 @@ class Running:
             f"lightning_aux: the term of {name} has no gradient, so it changes nothing. What it "
             f"reads was computed under no_grad, detached, or belongs to frozen parameters."
         )
+
+
+def _never(act: Callable[[], None]) -> None:
+    """Nothing of a diagnostic waits for the optimizer."""

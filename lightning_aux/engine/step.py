@@ -570,6 +570,7 @@ class StepState:
     progress: list[Progress]
     output: Any = None
     finished: bool = False
+    observed: bool = False
     backwards: int = 0
     passes: int = 0
     joined: set[str] = field(default_factory=set)

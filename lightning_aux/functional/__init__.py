@@ -27,9 +27,18 @@ from .early_learning import early_learning_regularization, early_learning_target
 from .features import FEATURE_DISTANCES, feature_cosine, feature_mse
 from .generations import optimal_target_weight
 from .gradient_directions import direction_error, direction_variance
+from .instability import learning_rate_sensitivity, max_attention_logit
 from .logit_size import spectral_decoupling, z_loss
 from .multi_teacher import feature_agreement, kept_teachers
 from .quantization import quantize
+from .selective_classification import (
+    area_under_risk_coverage,
+    coverage_at_risk,
+    max_softmax_score,
+    normalized_max_logit,
+    risk_at_coverage,
+    risk_coverage_curve,
+)
 from .sigmoid import sigmoid_divergence
 from .smoothing import label_smoothing, max_suppression
 from .soft_cross_entropy import soft_cross_entropy
@@ -40,9 +49,11 @@ __all__ = [
     "DIVERGENCES",
     "FEATURE_DISTANCES",
     "alpha_divergence",
+    "area_under_risk_coverage",
     "confidence_penalty",
     "confidences",
     "confident_labels",
+    "coverage_at_risk",
     "coverage_loss",
     "data_emphasized_divergence",
     "direction_error",
@@ -60,17 +71,23 @@ __all__ = [
     "kept_teachers",
     "kl_divergence",
     "label_smoothing",
+    "learning_rate_sensitivity",
     "logit_cosine",
     "logit_mse",
     "majority_vote",
+    "max_attention_logit",
+    "max_softmax_score",
     "max_suppression",
     "mean_vote",
+    "normalized_max_logit",
     "optimal_target_weight",
     "output_anchor",
     "power_decay",
     "power_exponent",
     "quantize",
     "reverse_kl_divergence",
+    "risk_at_coverage",
+    "risk_coverage_curve",
     "sigmoid_divergence",
     "soft_cross_entropy",
     "spectral_decoupling",

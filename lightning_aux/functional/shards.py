@@ -6,7 +6,7 @@ Everything here leaves a plain tensor as it is, so a formula on parameters is wr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeGuard
@@ -24,6 +24,7 @@ __all__ = [
     "part_of",
     "saved",
     "sum_over_parts",
+    "sums_over_parts",
 ]
 
 _BY_THE_FIRST: ContextVar[bool] = ContextVar("kept by the first", default=False)
@@ -129,3 +130,27 @@ def sum_over_parts(values: list[Tensor], tensors: list[Tensor]) -> Tensor:
                 dist.all_reduce(part, group=mesh.get_group(dimension))
         total = total + part
     return total
+
+
+def sums_over_parts(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Each of ``values`` summed over the processes that hold other parts of its tensor.
+
+    Args:
+        values: ``(n,)``, one for each tensor, computed from ``local(tensor)``.
+        tensors: n of them; see `sum_over_parts`.
+
+    Returns:
+        ``(n,)``, the same on every process; one collective for each way of distributing.
+    """
+    ways: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            ways.setdefault((tensor.device_mesh, tensor.placements), []).append(place)
+    values = values.clone()
+    for (mesh, placements), places in ways.items():
+        part = values[places]
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                dist.all_reduce(part, group=mesh.get_group(dimension))
+        values[places] = part
+    return values

@@ -81,7 +81,8 @@ def test_nothing_is_handed_over_on_steps_where_lightning_does_not_log(
     tmp_path: Path, entry: str
 ) -> None:
     _, module = logged(callbacks(entry, 0.5), tmp_path)
-    steps = [step for step, keys in module.handed_over if keys]
+    # What is known once the optimizer has stepped comes in a second handful.
+    steps = sorted({step for step, keys in module.handed_over if keys})
     due = list(range(EVERY - 1, STEPS, EVERY))
     silent = ENTRIES[entry].objective is None and not steps
     assert silent or steps == due
