@@ -18,7 +18,7 @@ __all__ = ["Objective", "ObjectiveOptions"]
 class ObjectiveOptions(TypedDict, total=False):
     """What every objective can be told besides its own arguments, as ``**common``.
 
-    Args:
+    Attributes:
         name: unique name for logs (``aux/<name>``) and checkpoints.
         taps: where logits, target, features and input are, for this objective alone.
         nonfinite: what a NaN or infinite term does: ``"raise"``, or ``"skip"`` the step's term.
