@@ -190,8 +190,8 @@ MUTATIONS = [
         "C4",
         "the distance of weights leaves out the other process's part",
         "functional/shards.py",
-        "            if placement.is_shard():",
-        "            if False:",
+        "        if placement.is_shard():",
+        "        if False:",
         f"{TWO}/test_c10_logging.py -k 'fsdp2 and not uneven'",
     ),
     Mutation(

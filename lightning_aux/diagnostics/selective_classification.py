@@ -94,7 +94,7 @@ class SelectiveClassification(Attached):
         return self._metrics[loader]
 
     def _log(self, trainer: Any, module: Any, stage: str, loaders: int) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking:  # of which Lightning logs nothing
             return
         values = {}
         for loader in range(loaders):

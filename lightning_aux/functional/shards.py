@@ -125,9 +125,7 @@ def sum_over_parts(values: list[Tensor], tensors: list[Tensor]) -> Tensor:
         else:
             total = total + value
     for (mesh, placements), part in parts.items():
-        for dimension, placement in enumerate(placements):
-            if placement.is_shard():
-                dist.all_reduce(part, group=mesh.get_group(dimension))
+        _reduce(part, mesh, placements)
         total = total + part
     return total
 
@@ -149,8 +147,13 @@ def sums_over_parts(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     values = values.clone()
     for (mesh, placements), places in ways.items():
         part = values[places]
-        for dimension, placement in enumerate(placements):
-            if placement.is_shard():
-                dist.all_reduce(part, group=mesh.get_group(dimension))
+        _reduce(part, mesh, placements)
         values[places] = part
     return values
+
+
+def _reduce(part: Tensor, mesh: Any, placements: Any) -> None:
+    """Sum ``part`` in place over the dimensions of the mesh that hold other parts."""
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            dist.all_reduce(part, group=mesh.get_group(dimension))

@@ -88,7 +88,9 @@ class Evaluated(Classifier):
 def test_it_works_without_a_fit_and_leaves_nothing(stage: str) -> None:
     module = seeded(Evaluated)
     before = {name: sorted(each.__dict__) for name, each in module.named_modules()}
-    trainer = quiet_trainer([aux.SelectiveClassification(p=2.0, coverages=(0.5,), risks=())])
+    taps = aux.Taps(logits="head")
+    callback = aux.SelectiveClassification(p=2.0, coverages=(0.5,), risks=(), taps=taps)
+    trainer = quiet_trainer([callback])
     getattr(trainer, stage)(module, loader(30), verbose=False)
     found = ours(trainer, {"validate": "val", "test": "test"}[stage])
     expected = by_hand(*logits(module, 30), p=2.0)
