@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -311,7 +312,21 @@ class Optimised(Classifier):
 )
 def test_gradients_are_those_that_the_optimizer_uses(model: Any, options: Any) -> None:
     module = seeded(Optimised, **model)
-    rows = watched(module, aux.InstabilityMonitor(), loader(40), max_epochs=4, **options)
+    compare_with_used(
+        module, watched(module, aux.InstabilityMonitor(), loader(40), max_epochs=4, **options)
+    )
+
+
+def test_f53_of_a_manual_step_with_a_gradient_scaler_they_are_not_the_scaled_ones() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    module = seeded(Optimised, manual=True)
+    rows = watched(module, aux.InstabilityMonitor(), loader(40), max_epochs=4, plugins=[plugin])
+    assert scaler.get_scale() == 2.0**10
+    compare_with_used(module, rows)
+
+
+def compare_with_used(module: Optimised, rows: list[dict[str, float]]) -> None:
     assert rows
     for row in rows:
         used = module.adam.used[int(row["step"])]
