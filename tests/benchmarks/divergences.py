@@ -1,4 +1,4 @@
-"""Time and memory of the divergences, forward and backward, beside the formulas in plain torch.
+"""Time and memory of formulas of logits, forward and backward, beside the same in plain torch.
 
 ``make bench-divergences`` prints the tables and writes them to docs/divergences.md. All take turns
 in one process with one thread; what is given is the median turn over that of the peer, and the
@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_aux.functional import DIVERGENCES
+from lightning_aux.functional import (
+    DIVERGENCES,
+    confidence_penalty,
+    coverage_loss,
+    label_smoothing,
+    max_suppression,
+    sigmoid_divergence,
+    spectral_decoupling,
+    target_change,
+    z_loss,
+)
 from tests.benchmarks.memory import peak
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +80,56 @@ PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def labels(logits: Tensor) -> Tensor:
+    """The same for the same shape, without a gradient."""
+    return torch.arange(len(logits)) % logits.shape[1]
+
+
+def covered(z: Tensor, t: Tensor) -> Tensor:
+    p = F.softmax(z, -1).gather(1, labels(z)[:, None])
+    return -(1 - (1 - p) ** 16).log().mean()
+
+
+def sigmoid_kl(s: Tensor, t: Tensor) -> Tensor:
+    """As published, without the clamp."""
+    sigma = torch.sigmoid((s - t) / T)
+    half = torch.full_like(sigma, 0.5)
+    both = F.kl_div(sigma.log(), half, reduction="sum")
+    both = both + F.kl_div((1 - sigma).log(), half, reduction="sum")
+    return T * T * both / len(s)
+
+
+# Ours, and the single function of the paper or of torch, of the student's and a teacher's logits.
+TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "label_smoothing": (
+        lambda z, t: label_smoothing(z, labels(z)),
+        lambda z, t: (z.gather(1, labels(z)[:, None])[:, 0] - z.mean(-1)).mean(),
+    ),
+    "max_suppression": (
+        lambda z, t: max_suppression(z),
+        lambda z, t: (z.max(-1).values - z.mean(-1)).mean(),
+    ),
+    "confidence_penalty": (
+        lambda z, t: confidence_penalty(z),
+        lambda z, t: (F.softmax(z, -1) * F.log_softmax(z, -1)).sum(-1).mean(),
+    ),
+    "coverage_loss": (lambda z, t: coverage_loss(z, labels(z), 16), covered),
+    "spectral_decoupling": (
+        lambda z, t: spectral_decoupling(z),
+        lambda z, t: z.square().sum(-1).mean() / 2,
+    ),
+    "z_loss": (lambda z, t: z_loss(z), lambda z, t: torch.logsumexp(z, -1).square().mean()),
+    "target_change": (
+        lambda z, t: target_change(z, labels(z), t.softmax(-1)),
+        lambda z, t: F.cross_entropy(z, t.softmax(-1)) - F.cross_entropy(z, labels(z)),
+    ),
+    "sigmoid_divergence": (lambda z, t: sigmoid_divergence(z, t, T), sigmoid_kl),
+}
+TERMS |= {
+    name: (lambda s, t, name=name: DIVERGENCES[name](s, t, T), peer) for name, peer in PEERS.items()
+}
+
+
 def measured(acts: dict[str, Callable[[], None]]) -> dict[str, float]:
     """Seconds of the median turn; all take turns, each turn long enough for the clock."""
     repeats = {}
@@ -97,7 +157,9 @@ def compared(name: str, rows: int, classes: int, dtype: torch.dtype) -> tuple[fl
         student.grad = None
         formula(student, teacher).backward()
 
-    both = {"ours": lambda s, t: DIVERGENCES[name](s, t, T), "peer": PEERS[name]}
+    both = dict(zip(("ours", "peer"), TERMS[name], strict=True))
+    if dtype == torch.float32 and name != "alpha":  # whose peer has no bound beyond the clip
+        torch.testing.assert_close(*(each(student, teacher) for each in both.values()))
     times = measured({who: lambda formula=formula: act(formula) for who, formula in both.items()})
     bytes_ = {}
     for who, formula in both.items():
@@ -114,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lines = [
-        "# Speed of divergences",
+        "# Speed of formulas of logits",
         "",
         "Written by `make bench-divergences`: forward and backward pass in one process with one "
         "thread,",
@@ -122,7 +184,7 @@ def main() -> None:
     ]
     for size, (rows, classes, dtype) in INPUTS.items():
         lines += ["", f"## {size}", "", "| | peer | time | memory |", "|---|---:|---:|---:|"]
-        for name in DIVERGENCES:
+        for name in TERMS:
             found = compared(name, min(rows, given.rows or rows), classes, dtype)
             lines.append(f"| {name} | {found[0]:.3g} ms | {found[1]:.2f} | {found[2]:.2f} |")
             print(size, lines[-1], flush=True)
