@@ -159,7 +159,8 @@ def compared(name: str, rows: int, classes: int, dtype: torch.dtype) -> tuple[fl
 
     both = dict(zip(("ours", "peer"), TERMS[name], strict=True))
     if dtype == torch.float32 and name != "alpha":  # whose peer has no bound beyond the clip
-        torch.testing.assert_close(*(each(student, teacher) for each in both.values()))
+        values = (each(student, teacher) for each in both.values())
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
     times = measured({who: lambda formula=formula: act(formula) for who, formula in both.items()})
     bytes_ = {}
     for who, formula in both.items():
