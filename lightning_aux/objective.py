@@ -124,7 +124,13 @@ class Objective(Attached):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(self, step)")
 
-    def learn_from(self, teacher: str, engine: Engine, reads: Iterable[str] = ()) -> None:
+    def learn_from(
+        self,
+        teacher: str,
+        engine: Engine,
+        reads: Iterable[str] = (),
+        weights: bool = False,
+    ) -> None:
         """Say in `check` that the term needs this teacher; its weight is 0 until that is ready.
 
         Args:
@@ -132,12 +138,18 @@ class Objective(Attached):
             engine: from `check`.
             reads: module paths or globs that `loss` asks the teacher's pass for, which are those
                 of the module that the teacher runs: its own, if it has one.
+            weights: whether `loss` asks for ``step.weights``.
 
         Raises:
             AuxiliaryError: no such teacher is attached, it counts another optimizer's steps, or
                 it has no such module.
         """
         found = engine.teacher(teacher, self.name)
+        if weights and not found.follows:
+            raise AuxiliaryError(
+                f"{self.name}: the teacher {teacher!r} is another model, or its logits, and has no "
+                f"weights for the student's parameters. Name one that has, such as EMATeacher()."
+            )
         found.serve(self.optimizer, self.name)
         found.reads(reads, self.name)
         self._taught_by.append(found)

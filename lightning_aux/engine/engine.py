@@ -69,6 +69,7 @@ class TermLike(Protocol):
 class TeacherLike(Protocol):
     """What the engine needs of a teacher: it gives passes.
 
+    ``follows`` says whether it has values for the student's own parameters (`pairs`).
     ``run`` is called once per step, on first use; what it returns is kept for the step and given to
     ``show`` for each objective that asks. ``reads`` is called before training.
     """
@@ -77,6 +78,8 @@ class TeacherLike(Protocol):
 
     @property
     def ready(self) -> bool: ...
+    @property
+    def follows(self) -> bool: ...
     def serve(self, optimizer: int, asked_by: str) -> None: ...
     def reads(self, paths: Iterable[str], asked_by: str) -> None: ...
     def run(self, step: Step) -> Any: ...

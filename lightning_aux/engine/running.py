@@ -208,14 +208,20 @@ class Running:
                 continue
             active.append(objective)
             terms[objective.name] = self._term(objective, state, acts)
-        used = self._judged(active, terms, state, loss) if active else {}
+        # What only observes may see anything: with weight 0 training goes on as without it.
+        judged = {
+            name: term if term is None or weights[name] else torch.zeros_like(term)
+            for name, term in terms.items()
+        }
+        used = self._judged(active, judged, state, loss) if active else {}
         total = loss
         for objective in active:
             name = objective.name
             if name not in used:  # what it wanted to remember of this step goes with the term
                 values[f"aux/{name}/weight"] = 0.0
                 continue
-            term = used[name]
+            term = terms[name]
+            assert term is not None, "one that failed is not used"
             values[f"aux/{name}"] = term.detach()
             self._stepping.defer(objective.optimizer, acts[name])
             if weights[name] != 0.0:

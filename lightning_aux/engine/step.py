@@ -490,8 +490,9 @@ class Step(Pass):
         except Exception:
             gather_rows(torch.zeros(0, device=self.loss.device))
             raise
-        everywhere = gather_rows(own.flatten())
-        return own, everywhere.reshape(-1, own.shape[1])
+        # In one dtype, also beside a process that has none to say.
+        everywhere = gather_rows(own.flatten().float()).to(own.dtype)
+        return own.float().to(own.dtype), everywhere.reshape(-1, own.shape[1])
 
     def uniform(self, count: int, *shape: int) -> Tensor:
         """Random numbers in [0, 1) for the examples of this batch, ``(count, *shape)`` in float32.

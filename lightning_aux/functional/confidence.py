@@ -102,9 +102,14 @@ def coverage_loss(
         return _none_of(log_p, samples) + log_p if difference else _none_of(log_p, samples)
 
     if sequence:
-        log_p = expected(torch.log_softmax(prepared(logits, mask, dim), dim), target, dim)
+        if logits.ndim < 3:
+            raise ValueError(
+                f"sequence=True needs logits with positions, (batch, length, classes), not "
+                f"{tuple(logits.shape)}"
+            )
+        log_p = expected(torch.log_softmax(prepared(logits, counted, dim), dim), target, dim)
         if counted is not None:
-            log_p = torch.where(counted != 0, log_p, 0)
+            log_p = log_p * counted
         return of(log_p.flatten(1).sum(1)).mean()
 
     def values(z: Tensor, y: Tensor) -> Tensor:
@@ -137,34 +142,37 @@ def _none_of(log_p: Tensor, samples: float) -> Tensor:
 
 
 @torch.no_grad()
-def confidences(logits: Tensor, target: Tensor, dim: int = -1) -> Tensor:
+def confidences(
+    logits: Tensor, target: Tensor, mask: Tensor | None = None, dim: int = -1
+) -> Tensor:
     """The rows that `confident_labels` compares: probabilities, then the weak labels.
 
     Args:
         logits: `(batch, …, classes)`.
         target: class indices in the shape of the examples (−100: no label), or probabilities in
             the shape of the logits.
+        mask: the shape of the examples, bool or weights; None keeps all.
         dim: class dimension.
 
     Returns:
         `(examples, 2 · classes)`: float64 for float64 logits, else float32. The second half is a
-        row of zeros for an example without a label.
+        row of zeros for an example without a label, or outside of the mask.
 
     Raises:
         ValueError: for no examples, fewer than two classes, a missing dimension, or a target of
             another shape.
     """
-    target, counted = labelled(logits, target, None, dim)
+    target, counted = labelled(logits, target, mask, dim)
     classes = logits.shape[dim]
     if classes < 2:
         raise ValueError(f"the logits {tuple(logits.shape)} have {classes} class(es), not two")
-    q = torch.softmax(prepared(logits, None, dim), dim).movedim(dim, -1).reshape(-1, classes)
+    q = torch.softmax(prepared(logits, counted, dim), dim).movedim(dim, -1).reshape(-1, classes)
     if target.is_floating_point():
         y = target.movedim(dim, -1).reshape(-1, classes).to(q.dtype)
     else:
         y = torch.zeros_like(q).scatter_(1, target.reshape(-1, 1), 1)
     if counted is not None:
-        y = y * counted.reshape(-1, 1)
+        y = y * (counted != 0).reshape(-1, 1)
     return torch.cat([q, y], 1)
 
 
@@ -193,8 +201,8 @@ def confident_labels(own: Tensor, batch: Tensor | None = None) -> Tensor:
     if classes == 2:
         ordered, order = q[:, 1].masked_fill(labels == 0, -1).sort(descending=True)
         wanted = y[:, 1].sum().round()
-        last = (labels[order].cumsum(0) >= wanted).int().argmax()
-        threshold = torch.where(wanted < 1, torch.inf, ordered[last])
+        last = ((labels[order] > 0).cumsum(0) >= wanted).int().argmax(0, keepdim=True)
+        threshold = torch.where(wanted < 1, torch.inf, ordered.gather(0, last))
         return (own[:, 1] >= threshold).long()
     predicted = (q * labels.unsqueeze(1)).sum(0)
     return (own[:, :classes] * y.sum(0) / predicted.clamp_min(1e-12)).argmax(1)

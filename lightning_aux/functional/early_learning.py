@@ -42,7 +42,9 @@ def early_learning_target(target: Tensor, logits: Tensor, momentum: float) -> Te
     return (momentum * at_least_float32(target) + (1 - momentum) * p).to(target.dtype)
 
 
-def early_learning_regularization(logits: Tensor, target: Tensor) -> Tensor:
+def early_learning_regularization(
+    logits: Tensor, target: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Mean over the batch of log(1 − Σ_c p_c t_c), the second term of eq. 6 without its λ.
 
     p is clamped to [1e-4, 1 − 1e-4] as in the authors' code: no gradient reaches a clamped class.
@@ -52,6 +54,7 @@ def early_learning_regularization(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: `(batch, classes)`, differentiated.
         target: t, `(batch, classes)`; detached.
+        mask: `(batch,)`, bool or weights; None keeps all. The sum is divided by all examples.
 
     Returns:
         A scalar, at most 0: float64 for float64 logits, else float32.
@@ -62,7 +65,8 @@ def early_learning_regularization(logits: Tensor, target: Tensor) -> Tensor:
     _check(target, logits)
     p = _clamped_probabilities(logits)
     agreement = (p * at_least_float32(target.detach())).sum(-1)
-    return (1 - agreement).log().mean()
+    held = (1 - agreement).log()
+    return (held if mask is None else held * mask).mean()
 
 
 def _clamped_probabilities(logits: Tensor) -> Tensor:

@@ -40,12 +40,23 @@ def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
     examples = shape_of_examples(logits, dim)
     if logits.numel() == 0:
         raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
-    if mask is not None and list(mask.shape) != examples:
-        raise ValueError(
-            f"mask must have the shape of the examples {tuple(examples)} (the logits "
-            f"{tuple(logits.shape)} without dimension {dim}), not {tuple(mask.shape)}"
-        )
+    if mask is not None:
+        checked_mask(mask, examples)
     return dim % logits.ndim
+
+
+def checked_mask(mask: Tensor, examples: list[int]) -> Tensor:
+    """The mask, which has to have the shape of the examples.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if list(mask.shape) != examples:
+        raise ValueError(
+            f"mask must have the shape of the examples {tuple(examples)} (the logits without their "
+            f"class dimension), not {tuple(mask.shape)}"
+        )
+    return mask
 
 
 def prepared(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
@@ -89,9 +100,12 @@ def labelled(
             f"shape {tuple(logits.shape)}, but is {target.dtype} of shape {tuple(target.shape)}"
         )
     known = target != IGNORED
+    if mask is not None:
+        mask = checked_mask(mask, examples) * known  # weights stay weights
+        return target.long().masked_fill(mask == 0, 0), mask
     if known.device.type == "cpu" and not torch.compiler.is_compiling() and bool(known.all()):
-        return target.long(), mask  # asking is free here, and a mask costs one more pass
-    return target.long().masked_fill(~known, 0), known if mask is None else known & (mask != 0)
+        return target.long(), None  # asking is free here, and a mask costs one more pass
+    return target.long().masked_fill(~known, 0), known
 
 
 def expected(values: Tensor, target: Tensor, dim: int) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["spectral_decoupling", "z_loss"]
 
 def spectral_decoupling(
     logits: Tensor,
-    offset: float | Sequence[float] = 0.0,
+    offset: float | Sequence[float] | Tensor = 0.0,
     target: Tensor | None = None,
     mask: Tensor | None = None,
     dim: int = -1,
@@ -30,7 +30,8 @@ def spectral_decoupling(
 
     Args:
         logits: z, `(batch, …, classes)`, `(batch, …, 1)` for one margin; differentiated.
-        offset: γ: one number for all examples, or one for each class of the target.
+        offset: γ: one number for all examples, or one for each class of the target, best as a
+            tensor on the device of the logits.
         target: class indices, for an offset per class only.
         mask: the shape of the examples, bool or weights; None keeps all. The sum is divided by the
             number of ALL examples.
@@ -47,15 +48,21 @@ def spectral_decoupling(
     counted, other = mask, logits
     if not isinstance(offset, int | float):
         if target is None:
-            raise ValueError(f"the offset {tuple(offset)} per class needs a target")
+            raise ValueError("an offset per class needs a target")
+        if logits.shape[dim] > 1 and len(offset) != logits.shape[dim]:
+            raise ValueError(f"{len(offset)} offsets for {logits.shape[dim]} classes")
         if target.is_floating_point():
             raise ValueError("an offset per class needs class indices, not probabilities")
         other, counted = labelled(logits, target, mask, dim)
 
+        gamma = torch.as_tensor(offset, device=logits.device)
+        if logits.device.type == "cpu" and int(other.max()) >= len(gamma):
+            raise ValueError(f"{len(gamma)} offsets, but the target has class {int(other.max())}")
+
     def away(z: Tensor, y: Tensor) -> Tensor:
         if isinstance(offset, int | float):
             return z - offset
-        return z - z.new_tensor(offset)[y].unsqueeze(dim)
+        return z - gamma[y].unsqueeze(dim).to(z.dtype)
 
     def values(z: Tensor, y: Tensor) -> Tensor:
         return away(z, y).square().sum(dim) / 2

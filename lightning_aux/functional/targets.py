@@ -38,7 +38,9 @@ def target_change(
     dim = checked_dim(logits, mask, dim)
     old, counted = labelled(logits, old.detach(), mask, dim)
     new, counted = labelled(logits, new.detach(), counted, dim)
-    change = _dense(old, logits, dim) - _dense(new, logits, dim)
+    change = _taken(-new if new.is_floating_point() else None, old, logits, dim, 1.0)
+    if not new.is_floating_point():
+        change = _taken(change, new, logits, dim, -1.0)
 
     def values(z: Tensor, d: Tensor) -> Tensor:
         log_q = torch.log_softmax(z, dim)
@@ -52,9 +54,12 @@ def target_change(
     return mean_over_examples(logits, change, counted, dim, Measure(values, slopes))
 
 
-def _dense(target: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """The target as probabilities in the shape of the logits."""
+def _taken(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, factor: float) -> Tensor:
+    """`onto`, written to, plus the target in the shape of the logits times the factor."""
+    if onto is None:
+        onto = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     if target.is_floating_point():
-        return target
-    dense = torch.zeros_like(logits, dtype=torch.float32)
-    return dense.scatter_(dim, target.unsqueeze(dim), 1)
+        return onto.add_(target, alpha=factor)
+    return onto.scatter_add_(
+        dim, target.unsqueeze(dim), onto.new_full((), factor).expand(target.unsqueeze(dim).shape)
+    )

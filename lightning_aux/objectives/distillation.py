@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -49,8 +50,10 @@ class Distillation(Objective):
                 f"{self.name}: divergence={divergence!r} does not fit on={on!r}. Choose one of "
                 f"{', '.join(map(repr, fitting))}."
             )
-        if temperature <= 0:
-            raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
+        if not 0 < temperature < math.inf:
+            raise AuxiliaryError(
+                f"{self.name}: temperature={temperature} must be positive and finite."
+            )
         if not on_logits and (temperature != 1.0 or only_correct or dim != -1 or binary):
             raise AuxiliaryError(
                 f"{self.name}: temperature, only_correct, dim and binary need on='logits', not "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -28,7 +30,8 @@ class DualHeadDistillation(Objective):
     The paper's alignment of gradients, and its measurement of their conflict, are not part of it.
 
     Args:
-        classifier: path of the user's own last layer, or block of layers, which gives the logits.
+        classifier: path of the user's own last ``nn.Linear``, or of a block that begins with one,
+            which gives the logits.
         teacher: name of a teacher among the Trainer's callbacks.
         weight: α; 1 for CIFAR-100 and 0.1 for ImageNet in the authors' commands.
         temperature: T; 2 in the authors' code.
@@ -38,8 +41,8 @@ class DualHeadDistillation(Objective):
 
     Raises:
         AuxiliaryError: a temperature that is not positive; before training, a ``classifier`` that
-            has no layer with weights, or a teacher that is not attached; in a step, teacher's
-            logits of another shape than the head's.
+            does not begin with an ``nn.Linear``, or a teacher that is not attached; in a step,
+            teacher's logits of another shape than the head's.
     """
 
     def __init__(
@@ -52,8 +55,12 @@ class DualHeadDistillation(Objective):
         **common: Unpack[ObjectiveOptions],
     ) -> None:
         super().__init__(weight, reads=(classifier,), **common)
-        if temperature <= 0:
-            raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
+        if not 0 < temperature < math.inf:
+            raise AuxiliaryError(
+                f"{self.name}: temperature={temperature} must be positive and finite."
+            )
+        if hidden is not None and hidden < 1:
+            raise AuxiliaryError(f"{self.name}: hidden={hidden} is no width of a layer.")
         self.classifier = classifier
         self.teacher = teacher
         self.temperature = temperature
@@ -61,12 +68,13 @@ class DualHeadDistillation(Objective):
 
     def build_head(self, module: nn.Module) -> nn.Module:
         (layer, *more) = modules_at(module, self.classifier, self.name).values()
-        inner, outer = input_width(layer), output_width(layer)
-        if more or inner is None or outer is None:
+        begins = next(iter(layer.children()), layer)
+        inner, outer = input_width(begins), output_width(layer)
+        if more or not isinstance(begins, nn.Linear) or inner is None or outer is None:
             raise AuxiliaryError(
                 f"{self.name}: classifier={self.classifier!r} names {1 + len(more)} module(s), the "
-                f"first a {type(layer).__name__} whose layers do not say how many features they "
-                f"take and give. Name the nn.Linear, or the block of them, that gives the logits."
+                f"first a {type(layer).__name__} that begins with a {type(begins).__name__}. Name "
+                f"the nn.Linear that gives the logits, or a block that begins with one."
             )
         if self.hidden is None:
             return nn.Linear(inner, outer)

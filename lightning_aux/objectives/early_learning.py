@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from lightning_aux.engine import AuxiliaryError, Step
 from lightning_aux.functional import early_learning_regularization, early_learning_target
+from lightning_aux.functional.examples import IGNORED
 from lightning_aux.objective import ObjectiveOptions
 from lightning_aux.objectives.memory import Remembering
 from lightning_aux.schedule import Schedule
@@ -70,7 +71,7 @@ class EarlyLearningRegularization(Remembering):
         self.memory.write(step, target)
         if step.logs:
             self._agreement = self._agreed(step, logits.detach(), target)
-        return early_learning_regularization(logits, target)
+        return early_learning_regularization(logits, target, step.mask)
 
     def _agreed(self, step: Step, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         p = logits.float().softmax(-1)
@@ -80,7 +81,8 @@ class EarlyLearningRegularization(Remembering):
         except AuxiliaryError:  # the term needs none
             return agreed
         if label.shape == target.shape[:-1] and not label.is_floating_point():
-            agreed["label_agreement"] = (target.argmax(-1) == label).float().mean()
+            agree = (target.argmax(-1) == label) & (label != IGNORED)
+            agreed["label_agreement"] = agree.sum() / (label != IGNORED).sum().clamp_min(1)
         return agreed
 
     def logged(self) -> dict[str, Any]:

@@ -100,13 +100,15 @@ class EMAAnchor(Objective):
 
     def check(self, engine: Any) -> None:
         super().check(engine)
-        self.learn_from(self.teacher, engine)
+        self.learn_from(self.teacher, engine, weights=self.space == "weight")
 
     def loss(self, step: Step) -> Tensor:
         if self.space == "weight":
             return squared_distance(*step.weights(self.teacher))
         anchor = step.teacher(self.teacher).logits
-        return output_anchor(step.logits, anchor, self.temperature, self.entropy, dim=self.dim)
+        return output_anchor(
+            step.logits, anchor, self.temperature, self.entropy, step.mask, self.dim
+        )
 
 
 def _changed(**given: Any) -> str:

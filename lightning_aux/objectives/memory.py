@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from lightning_aux.engine import AuxiliaryError, Engine, Progress, Step
 from lightning_aux.engine.distributed import Route, collect_rows, from_everyone, processes, rank
+from lightning_aux.functional.examples import prepared
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.objectives.row_storage import Stored, decoded, layout, storage_of
 from lightning_aux.schedule import Schedule
@@ -102,17 +103,18 @@ class SampleMemory:
         Raises:
             AuxiliaryError: the memory was filled for another number of samples or classes.
         """
-        index = step.index
-        if not self._held:
-            self._allocate(step.dataset_size, shape)
-        if (self._size, self._shape) != (step.dataset_size, shape):
+        index, size = step.index, (step.dataset_size, shape)
+        if self._held and (self._size, self._shape) != size:
             raise AuxiliaryError(
                 f"{self._asked_by}: the memory per sample has {(self._size, *self._shape)} rows "
                 f"and columns, but the dataset and the model now ask for "
                 f"{(step.dataset_size, *shape)}. Train on the dataset that the checkpoint was "
                 f"made with, or start without it; sequences need one length in all batches."
             )
-        self._announce(len(index))
+        self._size, self._shape = size
+        self._announce(len(index))  # before it is there: one that is too large has said so
+        if not self._held:
+            self._allocate(*size)
         if processes() == 1:
             found = self._at(index.to(self._device))
         elif self._arrived is not None:
@@ -201,7 +203,11 @@ class SampleMemory:
         return {"seen": (torch.bool, ()), **found}
 
     def _row_bytes(self) -> int:
-        return sum(_bytes_of_one(each) for _, each in self)
+        sizes = (
+            math.prod(inner) * torch.empty(0, dtype=dtype).element_size()
+            for dtype, inner in self._layout(self._shape).values()
+        )
+        return sum(sizes)
 
     def _unpacked(self, packed: Tensor) -> Stored:
         parts = torch.split(packed, [_bytes_of_one(each) for _, each in self], dim=1)
@@ -325,10 +331,10 @@ class Remembering(Objective):
         self.memory = SampleMemory(storage, self.name)
 
     def classes_last(self, step: Step) -> Tensor:
-        """The logits, ``(batch, ..., classes)``.
+        """The logits, ``(batch, ..., classes)``, and 0 where the mask leaves an example out.
 
         Raises:
-            AuxiliaryError: they have another shape, or not one entry for each sample.
+            AuxiliaryError: they, or the mask, have another shape, or not one entry for each sample.
         """
         logits, dim = step.logits, self.dim
         fits = logits.ndim >= 2 and -logits.ndim < dim < logits.ndim
@@ -339,7 +345,7 @@ class Remembering(Objective):
                 f"(batch, ..., classes), one entry per sample; name them with "
                 f"taps=Taps(logits=...)."
             )
-        return logits.movedim(dim, -1)
+        return prepared(logits.movedim(dim, -1), step.mask, -1)
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         super().start(engine, state)

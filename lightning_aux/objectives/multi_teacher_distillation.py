@@ -90,6 +90,13 @@ class MultiTeacherDistillation(Objective):
             )
         self.teacher_on = {name: given.get(name, default) for name in self.teachers}
         self.widths = dict(widths or {})
+        known = {*self.on, *self.teachers}
+        if unknown := sorted({*self.widths} - known):
+            raise AuxiliaryError(
+                f"{self.name}: widths names {unknown}, and there are {sorted(known)}."
+            )
+        if hidden is not None and hidden < 1:
+            raise AuxiliaryError(f"{self.name}: hidden={hidden} is no width of a layer.")
         self.hidden = hidden
         self.drop = drop
         self.normalize = normalize
@@ -240,23 +247,23 @@ class _Scale:
     def state(self) -> dict[str, Tensor | None]:
         return {"mean": self._mean, "deviation": self._deviation}
 
-    def _centre(self, like: Tensor) -> Tensor:
-        if self._mean is None:
-            return torch.zeros_like(like)
-        self._mean = self._mean.to(like.device)
-        return self._mean
+    def _known_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation on this device, if there are any yet."""
+        if self._mean is None or self._deviation is None:
+            return None
+        self._mean, self._deviation = self._mean.to(device), self._deviation.to(device)
+        return self._mean, self._deviation
 
     def sums(self, features: Tensor) -> Tensor:
         """Count, sum and sum of squares of the features, from the running mean."""
         rows = features.flatten(0, -2)
-        away = rows - self._centre(rows[0])
+        known = self._known_on(rows.device)
+        away = rows if known is None else rows - known[0]
         return torch.cat([away.new_tensor([len(away)]), away.sum(0), away.square().sum(0)])
 
     def applied(self, features: Tensor) -> Tensor:
-        if self._mean is None or self._deviation is None:
-            return features
-        deviation = self._deviation.to(features.device)
-        return (features - self._centre(features)) / (deviation + 1e-6)
+        known = self._known_on(features.device)
+        return features if known is None else (features - known[0]) / (known[1] + 1e-6)
 
     def note(self, sums: Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
@@ -269,12 +276,12 @@ class _Scale:
         shift = away / count
         variance = (square - count * shift.square()) / (count - 1).clamp_min(1)
         deviation = variance.clamp_min(0).sqrt()
-        mean = self._centre(shift) + shift
-        if self._mean is None or self._deviation is None:
-            self._mean, self._deviation = mean, deviation
+        known = self._known_on(shift.device)
+        if known is None:
+            self._mean, self._deviation = shift, deviation
         else:
-            self._mean = torch.lerp(self._mean, mean, momentum)
-            self._deviation = torch.lerp(self._deviation, deviation, momentum)
+            self._mean = torch.lerp(known[0], known[0] + shift, momentum)
+            self._deviation = torch.lerp(known[1], deviation, momentum)
         self._sums = None
 
 

@@ -130,7 +130,7 @@ class ParameterAnchor(Objective):
 
     def check(self, engine: Engine) -> None:
         super().check(engine)
-        self.learn_from(self.to, engine)
+        self.learn_from(self.to, engine, weights=True)
         named = engine.module.named_parameters()
         names = {plain_path(name) for name, each in named if each.requires_grad}
         for glob in (*self.parameters, *self.new):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, tensor
 from typing_extensions import Unpack
 
 from lightning_aux.engine import Step
@@ -46,7 +46,10 @@ class SpectralDecoupling(Objective):
         super().__init__(weight, **common)
         self.offset = offset
         self.dim = dim
+        self._offset: float | Tensor = offset if isinstance(offset, int | float) else tensor(offset)
 
     def loss(self, step: Step) -> Tensor:
-        target = None if isinstance(self.offset, int | float) else step.target
-        return spectral_decoupling(step.logits, self.offset, target, step.mask, self.dim)
+        if not isinstance(self._offset, Tensor):
+            return spectral_decoupling(step.logits, self._offset, None, step.mask, self.dim)
+        self._offset = self._offset.to(step.logits.device)  # once: a copy waits for the device
+        return spectral_decoupling(step.logits, self._offset, step.target, step.mask, self.dim)

@@ -57,7 +57,7 @@ class WeakToStrongConfidence(Objective):
 
     def _own_labels(self, step: Step) -> Tensor:
         rows, everywhere = step.gathered(
-            lambda: confidences(step.logits.detach(), step.target, self.dim)
+            lambda: confidences(step.logits.detach(), step.target, step.mask, self.dim)
         )
         examples = shape_of_examples(step.logits, self.dim)
         return confident_labels(rows, everywhere).reshape(examples)

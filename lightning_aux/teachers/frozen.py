@@ -141,8 +141,14 @@ class FrozenTeacher(Teacher):
         return given or super().state()
 
     @property
+    def follows(self) -> bool:
+        return self.module is None
+
+    @property
     def _architecture(self) -> str | None:
-        return None if self.module is None else type(self.module).__qualname__
+        if self.module is None:
+            return None
+        return type(getattr(self.module, "_orig_mod", self.module)).__qualname__
 
     # ------------------------------------------------------------------------ with another module
     def reads(self, paths: Iterable[str], asked_by: str) -> None:

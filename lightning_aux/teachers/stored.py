@@ -47,6 +47,7 @@ class StoredTeacher(Attached):
     """
 
     ready = True
+    follows = False
 
     def __init__(self, path: str | Path, name: str = "stored", check: bool = True) -> None:
         super().__init__(name)

@@ -78,6 +78,11 @@ class Teacher(Attached):
         return {**super().__getstate__(), "store": None}
 
     @property
+    def follows(self) -> bool:
+        """Whether it has values for the student's own parameters."""
+        return True
+
+    @property
     def ready(self) -> bool:
         """Whether there is something to learn from yet; until then objectives have no weight."""
         return True

@@ -125,7 +125,32 @@ def test_weak_labels_of_one_class_give_predictions_of_that_class(label: int) -> 
 def test_examples_without_a_weak_label_do_not_move_the_threshold() -> None:
     z = torch.tensor([[0.0, 9.0], [0.0, 8.0], [0.0, 1.0], [0.0, 0.5]])
     y = torch.tensor([-100, -100, 1, 0])
-    assert confident_labels(confidences(z, y)).tolist() == [1, 1, 1, 0]
+    assert confident_labels(confidences(z, y))[2:].tolist() == [1, 0]
+
+
+def test_what_a_mask_leaves_out_is_nowhere_also_where_it_is_not_a_number() -> None:
+    for classes in (2, 4):
+        z, y = drawn(10, classes), torch.randint(classes, (10,))
+        mask = torch.arange(10) < 7
+        expected = confident_labels(confidences(z[:7], y[:7])).tolist()
+        z[7:], y[7:] = torch.nan, 255
+        assert confident_labels(confidences(z, y, mask))[:7].tolist() == expected
+        z[7:], y[7:] = torch.nan, -100
+        assert confident_labels(confidences(z, y))[:7].tolist() == expected
+
+
+def test_a_sequence_with_unlabelled_places_that_are_not_a_number_has_a_finite_gradient() -> None:
+    z, y = drawn(2, 3, 4), torch.tensor([[0, 1, -100], [2, -100, -100]])
+    z[y == -100] = torch.nan
+    z.requires_grad_()
+    (slope,) = torch.autograd.grad(coverage_loss(z, y, 4, sequence=True), z)
+    assert slope.isfinite().all()
+    assert slope[y == -100].eq(0).all()
+
+
+def test_a_sequence_needs_positions() -> None:
+    with pytest.raises(ValueError, match="positions"):
+        coverage_loss(drawn(2, 3), torch.zeros(2, dtype=torch.long), 4, sequence=True)
 
 
 def test_parts_of_a_batch_are_labelled_as_the_whole_batch_is() -> None:

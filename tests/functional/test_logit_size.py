@@ -34,6 +34,10 @@ def test_offset_per_class_needs_class_indices() -> None:
         spectral_decoupling(drawn(3, 1), (0.0, 1.0))
     with pytest.raises(ValueError, match="not probabilities"):
         spectral_decoupling(drawn(3, 2), (0.0, 1.0), torch.rand(3, 2))
+    with pytest.raises(ValueError, match="2 offsets for 3 classes"):
+        spectral_decoupling(drawn(3, 3), (0.0, 1.0), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="class 2"):
+        spectral_decoupling(drawn(3, 1), (0.0, 1.0), torch.tensor([0, 1, 2]))
 
 
 def test_gradient_of_the_z_loss_is_twice_log_z_times_softmax() -> None:

@@ -96,3 +96,15 @@ def test_an_empty_batch_and_a_missing_dimension_are_errors() -> None:
         max_suppression(drawn(0, 3))
     with pytest.raises(ValueError, match="dim=2"):
         max_suppression(drawn(4, 3), dim=2)
+
+
+def test_weights_of_a_mask_stay_weights_beside_examples_without_a_label() -> None:
+    z, weight = drawn(4, 3), torch.tensor([0.1, 1.0, 0.5, 1.0], dtype=torch.float64)
+    y = torch.tensor([0, 2, 1, -100])
+    by_hand = sum(weight[i] * (z[i, y[i]] - z[i].mean()) for i in range(3)) / 4
+    torch.testing.assert_close(label_smoothing(z, y, weight), by_hand)
+
+
+def test_a_label_behind_the_mask_may_be_any_number() -> None:
+    z, y, mask = drawn(3, 4), torch.tensor([1, 255, -1]), torch.tensor([True, False, False])
+    torch.testing.assert_close(label_smoothing(z, y, mask), (z[0, 1] - z[0].mean()) / 3)

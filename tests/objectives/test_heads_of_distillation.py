@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lightning_aux as aux
+from lightning_aux.objectives.multi_teacher_distillation import _Scale
 from tests.contract.models import Classifier
 from tests.contract.training import fit, seeded
 
@@ -24,7 +25,7 @@ def test_a_classifier_may_be_a_block_and_has_to_have_weights() -> None:
     block = aux.DualHeadDistillation("encoder", taps=aux.Taps(logits="encoder"))
     fit(seeded(Classifier), [aux.FrozenTeacher(), block], max_epochs=1)
     assert (block.head.in_features, block.head.out_features) == (6, 8)
-    with pytest.raises(aux.AuxiliaryError, match="a Tanh whose layers do not say"):
+    with pytest.raises(aux.AuxiliaryError, match="begins with a Tanh"):
         fit(seeded(Classifier), [aux.FrozenTeacher(), aux.DualHeadDistillation("encoder.1")])
 
 
@@ -32,6 +33,22 @@ def test_a_teacher_with_other_classes_is_an_error_that_names_both_shapes() -> No
     teacher = aux.FrozenTeacher(module=nn.Linear(6, 3))
     with pytest.raises(aux.AuxiliaryError, match=r"\(8, 4\) and \(8, 3\)"):
         fit(seeded(Classifier), [teacher, aux.DualHeadDistillation("head")])
+
+
+def test_running_scales_resume_on_the_device_of_the_features() -> None:
+    term = aux.MultiTeacherDistillation(["one"], "encoder", {"one": "0"})
+    fit(seeded(Classifier), [teachers()[0], term], max_epochs=1)
+    scale = _Scale(term.state()["scales"]["one"])
+    mean, deviation = scale._known_on(torch.device("meta"))
+    assert mean.device == deviation.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [({"widths": {"typo": 3}}, "typo"), ({"hidden": 0}, "hidden=0")]
+)
+def test_widths_that_name_nothing_or_are_none_are_errors_at_once(arguments, said) -> None:
+    with pytest.raises(aux.AuxiliaryError, match=said):
+        aux.MultiTeacherDistillation(["one"], "encoder", **arguments)
 
 
 def teachers() -> list[aux.FrozenTeacher]:

@@ -84,13 +84,25 @@ def test_without_the_mask_it_would(term: str) -> None:
     assert (largest_difference(*ended) > 1e-4) is not reads_labels
 
 
-def test_the_mask_reaches_distillation_too() -> None:
+TAUGHT = {
+    "self_distillation": lambda: [
+        aux.RandomTeacher(init="shuffle"),
+        aux.SelfDistillation("random"),
+    ],
+    "ema_anchor": lambda: [aux.EMAAnchor(decay=0.5, entropy=0.1)],
+    "early_learning": lambda: [aux.EarlyLearningRegularization()],
+    "progressive": lambda: [aux.ProgressiveSelfDistillation(weight=0.5)],
+    "weak_to_strong": lambda: [aux.WeakToStrongConfidence(weight=0.5)],
+}
+
+
+@pytest.mark.parametrize("term", TAUGHT)
+def test_the_mask_reaches_teachers_memories_and_shares_of_classes_too(term: str) -> None:
     ended = []
     for padding in (0, 3):
         module = seeded(Tagger)
         taps = aux.Taps(mask="attention_mask")
-        teacher = aux.RandomTeacher(init="shuffle")
-        fit(module, [taps, teacher, aux.SelfDistillation("random")], data=sequences(padding))
+        fit(module, [taps, *TAUGHT[term]()], data=sequences(padding))
         ended.append(weights(module))
     assert largest_difference(*ended) < 1e-7
 
@@ -120,6 +132,7 @@ def test_a_target_that_does_not_fit_is_an_error_of_the_objective() -> None:
         (lambda: aux.ConfidenceLimit(samples=0.5), "at least one answer"),
         (lambda: aux.ConfidencePenalty(threshold=0.0), "above 0"),
         (lambda: aux.DualHeadDistillation("head", temperature=0), "must be positive"),
+        (lambda: aux.SelfDistillation(temperature=float("inf")), "positive and finite"),
         (lambda: aux.MultiTeacherDistillation([], "encoder"), "at least"),
         (lambda: aux.MultiTeacherDistillation(["a", "a"], "encoder"), "twice"),
         (lambda: aux.MultiTeacherDistillation(["a"], "encoder", drop=1.0), r"\[0, 1\)"),
@@ -129,3 +142,38 @@ def test_a_target_that_does_not_fit_is_an_error_of_the_objective() -> None:
 def test_arguments_that_make_no_sense_are_errors_at_once(make: Any, said: str) -> None:
     with pytest.raises(aux.AuxiliaryError, match=said):
         make()
+
+
+class Blown(Tagger):
+    """Its logits are NaN in the second step, and its own loss does not read them then."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        logits = super().forward(words)
+        return logits if self.global_step != 1 else logits * float("nan")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.global_step != 1 else self.head.weight.square().sum()
+
+
+def test_a_term_with_weight_0_that_only_remembers_ends_nothing() -> None:
+    ended = []
+    for added in ([], [aux.EarlyLearningRegularization(weight=0.0)]):
+        module = seeded(Blown)
+        trainer = fit(module, added, data=sequences(0))
+        assert trainer.global_step == 8
+        ended.append(weights(module))
+    assert largest_difference(*ended) == 0.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: aux.EMAAnchor(space="weight", teacher="frozen"),
+        lambda: aux.ParameterAnchor(to="frozen"),
+    ],
+)
+def test_a_teacher_of_another_model_has_no_weights_and_says_so_before_training(make: Any) -> None:
+    teacher = aux.FrozenTeacher(module=nn.Linear(3, 3))
+    with pytest.raises(aux.AuxiliaryError, match="has no weights for the student's"):
+        fit(seeded(Tagger), [teacher, make()], data=sequences(0))
