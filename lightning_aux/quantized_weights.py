@@ -21,7 +21,6 @@ from lightning_aux.engine.taps import matches_any, plain_path
 from lightning_aux.functional.quantization import Buckets
 from lightning_aux.objectives.parameter_anchor import ParameterAnchor
 from lightning_aux.weights import files
-from lightning_aux.weights.offload import before_writing
 from lightning_aux.weights.registrations import Registrations
 
 __all__ = ["QuantizedWeights"]
@@ -127,7 +126,6 @@ class QuantizedWeights(Attached):
     def before_step(self, now: Progress) -> None:
         if self._listed != Registrations.count:
             self._list(self.engine.module)
-        before_writing()
         self._stand_in.put([*self._named.values()])
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -163,7 +161,6 @@ class QuantizedWeights(Attached):
         self._check_sharding(trainer, module)
         self._list(module)
         try:
-            before_writing()
             self._stand_in.put([*self._named.values()])
             yield
         finally:

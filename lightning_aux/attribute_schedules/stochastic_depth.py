@@ -109,6 +109,7 @@ class StochasticDepthSchedule(Driver):
 
     def start(self, engine: Engine, state: dict[str, Any] | None) -> None:
         super().start(engine, state)
+        _RUN["seed"] = torch.initial_seed()
         check_rates(self.name, self.schedule, engine.bind(self.schedule, self.name), engine)
         for each in self.driven:
             block = each.place.owner
@@ -118,8 +119,8 @@ class StochasticDepthSchedule(Driver):
     def before_step(self, now: Progress) -> None:
         super().before_step(now)
         trainer = self.engine.trainer
-        where = (trainer.fit_loop.epoch_loop.total_batch_idx, data_rank(trainer.strategy))
-        self._batch.fill_(crc32(repr(where).encode()))
+        batch, rank = trainer.fit_loop.epoch_loop.total_batch_idx, data_rank(trainer.strategy)
+        self._batch.fill_(crc32(repr((batch, rank, self.engine.seed)).encode()))
 
     def logged(self) -> dict[str, Any]:
         return {} if not self._now or self._now[0] is None else {"p": self._now[0]}
@@ -200,11 +201,15 @@ class _Block:
         )
 
 
+_RUN = {"seed": 0}
+"""Torch's seed when training began; the passes that we add to a step have others."""
+
+
 def kept(like: Tensor, rate: Tensor, batch: Tensor, salt: Tensor, per_sample: bool) -> Tensor:
     """For each sample ``1 / (1 − rate)``, or 0 with the probability ``rate``.
 
-    A function of its arguments and of the seed of the current random stream, so that a forward
-    that is computed again has the same masks.
+    A function of its arguments, so that a forward that is computed again has the same masks; and of
+    the seed of the random stream where that is not the one of the run.
 
     Args:
         like: ``(batch, …)``; the result is ``(batch, 1, …)`` of its dtype.
@@ -215,7 +220,9 @@ def kept(like: Tensor, rate: Tensor, batch: Tensor, salt: Tensor, per_sample: bo
     """
     p = float(rate)
     # Together with the position in the batch these are hashed, not added: near seeds are unlike.
-    seed = crc32(repr((int(batch), int(salt), torch.initial_seed())).encode())
+    stream = torch.initial_seed()
+    stream = 0 if stream == _RUN["seed"] else stream
+    seed = crc32(repr((int(batch), int(salt), stream)).encode())
     generator = torch.Generator(device=like.device).manual_seed(seed)
     count = like.shape[0] if per_sample else 1
     numbers = torch.rand(count, generator=generator, device=like.device)

@@ -22,7 +22,6 @@ from lightning_aux.engine.distributed import (
     anywhere,
     data_rank,
     processes,
-    same_everywhere,
     shards_parameters,
 )
 from lightning_aux.engine.random_states import drawing_from
@@ -129,8 +128,7 @@ class GradientDirection(Attached):
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         if size is None:
             raise AuxiliaryError(f"{self.name}: the DataLoader does not say its batch size.")
-        device = engine.trainer.strategy.root_device
-        seed = same_everywhere(torch.initial_seed() % 2**62, device)
+        seed = engine.seed % 2**62
         generator = torch.Generator().manual_seed(seed ^ crc32(self.name.encode()))
         samples = len(cast("Sized", loader.dataset))
         order = torch.randperm(samples, generator=generator).tolist()

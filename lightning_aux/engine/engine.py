@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_aux.engine.attached import Attached
 from lightning_aux.engine.capture import Capture
 from lightning_aux.engine.clock import horizon_of
-from lightning_aux.engine.distributed import check_strategy
+from lightning_aux.engine.distributed import check_strategy, same_everywhere
 from lightning_aux.engine.errors import AuxiliaryError, near_matches
 from lightning_aux.engine.heads import Heads
 from lightning_aux.engine.indices import Indices
@@ -104,6 +104,7 @@ class Engine:
         self.horizon: Horizon | None = None
         self.division: Division | None = None
         self.clocks = [0]
+        self.seed = 0  # from the start of training on
         self.stand_ins: list[StandIn] = []  # for the weights, within a step
         self.objectives: list[TermLike] = []
         self._teachers: dict[str, TeacherLike] = {}
@@ -288,6 +289,10 @@ class Engine:
         saved = self._restored or {}
         # Lightning counts the steps of all optimizers together, the engine those of each.
         count = max(1, len(self.trainer.optimizers))
+        # Of random numbers of ours: that of the run, also where a process resumes it that has
+        # another one.
+        seed = int(saved.get("seed", torch.initial_seed()))
+        self.seed = same_everywhere(seed, self.trainer.strategy.root_device)
         self.clocks = list(saved.get("steps", [self.trainer.global_step // count] * count))
         self.horizon = self._measured()
         self.indices.settle(self.trainer)
@@ -308,6 +313,7 @@ class Engine:
         self.passes = Passes(self)
         self._running = Running(self)
         self._running.wrap(self._patches)
+        self._patches.surround(self.trainer, "save_checkpoint", self.own_weights)
         self.model_call.watch()
         log_hyperparameters(self.trainer, self.module, self.members)
 
@@ -377,7 +383,11 @@ class Engine:
 
     def _entry(self, with_optimizer: bool = False) -> dict[str, Any]:
         members = {name: member.state() for name, member in self.members.items()}
-        entry: dict[str, Any] = {"steps": self.clocks.copy(), "members": members}
+        entry: dict[str, Any] = {
+            "steps": self.clocks.copy(),
+            "seed": self.seed,
+            "members": members,
+        }
         if self.heads:
             entry["heads"] = self.heads.state(with_optimizer)
         return entry
@@ -402,16 +412,11 @@ class Engine:
         """
         if self._detached:
             return
-        try:
-            for member in self.members.values():
-                member.stop()
-        finally:
-            self.give_back_weights()
+        with ExitStack() as stack:  # the last first, and the others whatever one of them raises
+            ends = [*(each.stop for each in self.members.values()), self.give_back_weights]
             if self._running is not None:
-                self.passes.stop()
-                self._running.stop()
-            self.capture.clear()
-            self.heads.hide()
-            self.heads.part()
-            self._patches.undo()
+                ends += [self.passes.stop, self._running.stop]
+            ends += [self.capture.clear, self.heads.hide, self.heads.part, self._patches.undo]
+            for end in reversed(ends):
+                stack.callback(end)
         self._detached = True

@@ -156,7 +156,7 @@ class Passes:
         state.passes += 1
         where = (asked_by, trainer.fit_loop.epoch_loop.total_batch_idx, state.passes)
         drawn = crc32(repr((*where, data_rank(trainer.strategy))).encode())
-        return (torch.initial_seed() + drawn) % 2**63
+        return (self._engine.seed + drawn) % 2**63
 
     @contextmanager
     def _from(

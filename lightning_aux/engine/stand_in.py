@@ -8,7 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["StandIn"]
+__all__ = ["BEFORE_WRITING", "StandIn"]
+
+BEFORE_WRITING: list[Callable[[], None]] = []
+"""Called before anything here writes: whoever still reads the weights has the device wait."""
 
 
 class StandIn:
@@ -38,6 +41,7 @@ class StandIn:
     def put(self, parameters: Sequence[Tensor]) -> None:
         """Give ``parameters`` the values that follow from their own."""
         self.restore()
+        _wait()
         values = self._derive(parameters)
         self.own = [each.detach().clone() for each in parameters]
         self._live = list(parameters)  # noted before anything changes
@@ -46,18 +50,29 @@ class StandIn:
     @torch.no_grad()
     def restore(self) -> None:
         """Give the parameters their own values back; to be called again if interrupted."""
-        if self._live:
+        try:
+            if self._live:
+                _wait()
+        finally:  # whatever there is to say, the weights come back
             _write(self._live, self.own)
-        self._live, self.own = [], []
+            self._live, self.own = [], []
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """The parameters with their own values for a time; if these change, so do the others."""
         parameters = self._live
         self.restore()
-        yield
-        if parameters:
-            self.put(parameters)
+        try:
+            yield
+        finally:
+            if parameters:
+                with torch.inference_mode(False):
+                    self.put(parameters)
+
+
+def _wait() -> None:
+    for each in BEFORE_WRITING:
+        each()
 
 
 def _write(parameters: list[Tensor], values: Sequence[Tensor]) -> None:

@@ -503,7 +503,7 @@ class Step(Pass):
         """
         trainer = self._engine.trainer
         where = (self._asked_by, trainer.fit_loop.epoch_loop.total_batch_idx)
-        seed = (torch.initial_seed() + crc32(repr(where).encode())) % 2**63
+        seed = (self._engine.seed + crc32(repr(where).encode())) % 2**63
         generator = torch.Generator(self.loss.device).manual_seed(seed)
         rank, ranks = data_rank(trainer.strategy), data_ranks(trainer.strategy)
         size = (count * ranks, *shape)

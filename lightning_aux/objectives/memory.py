@@ -81,7 +81,7 @@ class SampleMemory:
             return
         try:
             index = self._engine.indices.current(self._asked_by)
-        except AuxiliaryError:  # the term will say so; the others wait for this process here
+        except Exception:  # the term will say so; the others wait for this process here
             index = torch.empty(0, dtype=torch.int64)
         route = Route(index, self._device)
         self._visits.append(_Visit(route))

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from lightning_aux.engine import Attached, AuxiliaryError, Engine, Progress, Step
 from lightning_aux.engine.clock import accumulates
-from lightning_aux.engine.distributed import same_everywhere, shards_parameters
+from lightning_aux.engine.distributed import shards_parameters
 from lightning_aux.engine.errors import near_matches
 from lightning_aux.engine.stand_in import StandIn
 from lightning_aux.engine.taps import matches_any, plain_path
@@ -26,7 +26,6 @@ from lightning_aux.functional import (
 from lightning_aux.objective import Objective, ObjectiveOptions
 from lightning_aux.schedule import Schedule
 from lightning_aux.teachers import FrozenTeacher
-from lightning_aux.weights.offload import before_writing
 
 __all__ = ["ParameterAnchor"]
 
@@ -119,7 +118,6 @@ class ParameterAnchor(Objective):
         self._grouped_for: list[nn.Parameter] = []
         self._names: dict[int, str] = {}
         self._noise = _Noise(self.name)
-        self._seed = 0  # the same on every process, as is what the noise is added to
         self._noted: tuple[list[Tensor], list[int]] = [], []
 
     def companions(self) -> list[Attached]:
@@ -172,7 +170,7 @@ class ParameterAnchor(Objective):
         super().start(engine, state)
         self._names = _names_in(engine.module)
         if self.form == "variational":
-            self._seed = same_everywhere(torch.initial_seed(), engine.trainer.strategy.root_device)
+            engine.stand_ins.append(self._noise.stand_in)
 
     # ------------------------------------------------------------------------------- the term
     def loss(self, step: Step) -> Tensor:
@@ -240,11 +238,15 @@ class ParameterAnchor(Objective):
         live, _ = self.engine.teacher(self.to, self.name).pairs()
         anchored, new = self._split(self.engine.module, live)
         chosen = sorted([*anchored, *new])
-        seed = self._seed + crc32(f"{self.name} {now.steps}".encode())
+        seed = self.engine.seed + crc32(f"{self.name} {now.steps}".encode())
         self._noise.add({i: live[i] for i in chosen}, self.head().detach(), seed % 2**63)
 
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self._noise.stand_in.restore()
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self._noise.added:
+        # Here the gradients are no longer scaled.
+        if self._noise.drawn:
             cast("_Sigma", self.head).learn(self._slope())
             self._noise.remove()
 
@@ -309,14 +311,15 @@ class _Noise:
     """σ·ε on parameters, from the beginning of a step until its gradients are there."""
 
     def __init__(self, whose: str) -> None:
-        self._stand_in = StandIn(whose, self._noisy)
+        self.stand_in = StandIn(whose, self._noisy)
         self._live: dict[int, nn.Parameter] = {}
         self._drawn: list[Tensor] = []  # ε
         self._scaled: dict[int, Tensor] = {}  # σ·ε
 
     @property
-    def added(self) -> bool:
-        return self._stand_in.in_place
+    def drawn(self) -> bool:
+        """Whether there is noise whose gradients have not been asked for."""
+        return bool(self._live)
 
     @torch.no_grad()
     def add(self, live: dict[int, nn.Parameter], sigma: Tensor, seed: int) -> None:
@@ -330,15 +333,14 @@ class _Noise:
         scaled = list(torch._foreach_mul(self._drawn, sigma.to(values[0])))
         self._scaled = dict(zip(live, scaled, strict=True))
         self._live = live
-        before_writing()
-        self._stand_in.put(values)
+        self.stand_in.put(values)
 
     def _noisy(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         return torch._foreach_add(list(values), [*self._scaled.values()])
 
     def onto(self, values: list[Tensor], places: list[int]) -> list[Tensor]:
         """The same noise on other values, those of ``places``."""
-        if not self.added:
+        if not self.stand_in.in_place:
             return values
         noise = [
             self._scaled[place].to(each.dtype) for place, each in zip(places, values, strict=True)
@@ -360,17 +362,17 @@ class _Noise:
 
     @torch.no_grad()
     def along(self, places: list[int], anchors: list[Tensor]) -> Tensor:
-        """Σ ε · (θ − φ) over the parameters at ``places``, θ without the noise."""
+        """Σ ε · (θ − φ) over the parameters at ``places``, which have no noise any more."""
         order = {place: i for i, place in enumerate(self._live)}
-        before = [self._stand_in.own[order[place]] for place in places]
+        own: list[Tensor] = [self._live[place] for place in places]
         drawn = [self._drawn[order[place]] for place in places]
-        away = torch._foreach_sub(before, anchors)
+        away = torch._foreach_sub(own, anchors)
         products = torch._foreach_mul(drawn, away)
         return torch.stack([each.sum(dtype=torch.float32) for each in products]).sum()
 
     def remove(self) -> None:
         """Give the parameters their own values back, bit for bit; again if interrupted."""
-        self._stand_in.restore()
+        self.stand_in.restore()
         self._live = {}
 
 

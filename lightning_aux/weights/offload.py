@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_aux.engine import AuxiliaryError
+from lightning_aux.engine.stand_in import BEFORE_WRITING
 from lightning_aux.functional.averages import move_
 
 __all__ = ["Offload", "before_writing", "in_host_memory"]
@@ -118,6 +119,9 @@ def before_writing(*_: Any) -> None:
     """
     for part in [each for parts in _PARTS.values() for each in parts]:
         part.before_writing()
+
+
+BEFORE_WRITING.append(before_writing)
 
 
 def _before_step(
