@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -41,7 +43,11 @@ def compare(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     console = _console()
     try:
-        comparison = read_comparison(options.config, options.seeds, options.epochs)
+        comparison = read_comparison(
+            options.config, options.seeds, options.epochs, dict(options.set)
+        )
+        if not console.is_terminal:
+            console.width += 20 * len(comparison.also)
         directory = (
             options.output
             or Path("runs") / options.config.resolve().parent.name / options.config.stem
@@ -74,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_integers, help="instead of the file's, e.g. 0,1,2")
     parser.add_argument("--epochs", type=int, help="instead of the config's trainer.max_epochs")
     parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value for all variants by its dotted key, over the file's; may be repeated",
+    )
+    parser.add_argument(
         "--wandb",
         choices=("online", "offline", "off"),
         default="off",
@@ -90,6 +104,18 @@ def _integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected integers such as 0,1,2, got {text!r}") from None
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(
+            f"expected KEY=VALUE such as model.init_args.lr=0.1, got {text!r}"
+        )
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {error}") from None
 
 
 def _console() -> Console:
@@ -120,9 +146,9 @@ def _train(
             progress.start()
             where = _run_directory(directory, name, seed)
             result = run(comparison.variants[name], seed, where, wandb, progress.update)
-            progress.finish(result, comparison.metric)
+            progress.finish(result, comparison.decides.metric)
             results[name, seed] = result
-            _check_metric(comparison, result)
+            _check_metrics(comparison, result)
     return [results[pair] for pair in order]
 
 
@@ -130,17 +156,17 @@ def _run_directory(directory: Path, variant: str, seed: int) -> Path:
     return directory / "runs" / variant / f"seed{seed}"
 
 
-def _check_metric(comparison: Comparison, result: RunResult) -> None:
+def _check_metrics(comparison: Comparison, result: RunResult) -> None:
     """Do not train for hours towards a metric that nobody logs."""
-    if result.error is not None or comparison.metric in result.metrics:
-        return
-    near = difflib.get_close_matches(comparison.metric, result.metrics, n=1)
-    guess = f" Did you mean '{near[0]}'?" if near else ""
-    logged = ", ".join(sorted(result.metrics)) or "nothing"
-    raise ComparisonError(
-        f"metric: the run of '{result.variant}' logged no '{comparison.metric}'.{guess} "
-        f"It logged: {logged}."
-    )
+    measures = comparison.measures if result.error is None else ()
+    for missing in (each.metric for each in measures if each.metric not in result.metrics):
+        near = difflib.get_close_matches(missing, result.metrics, n=1)
+        guess = f" Did you mean '{near[0]}'?" if near else ""
+        logged = ", ".join(sorted(result.metrics)) or "nothing"
+        raise ComparisonError(
+            f"metric: the run of '{result.variant}' logged no '{missing}'.{guess} "
+            f"It logged: {logged}."
+        )
 
 
 def _conclude(

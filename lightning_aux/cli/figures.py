@@ -67,7 +67,7 @@ def draw_curves(
     Returns:
         The figure, or None when the comparison names no curve or no run logged it.
     """
-    metric, unit = comparison.curve, Unit(comparison.unit)
+    metric, unit = comparison.curve, Unit(comparison.decides.unit)
     lines = {name: _curve(results, name, metric) for name in comparison.variants}
     lines = {name: line for name, line in lines.items() if line.size}
     if metric is None or not lines:
@@ -103,7 +103,7 @@ def draw_differences(
     Returns:
         The figure, or None when no variant has a difference.
     """
-    unit = Unit(comparison.unit)
+    unit = Unit(comparison.decides.unit)
     rows = [row for row in summaries if row.paired is not None]
     if not rows:
         return None
@@ -118,9 +118,9 @@ def draw_differences(
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=theme.faint, linewidth=0.8)
     axes.margins(x=0.08)
-    axes.set_xlabel(unit.difference_label(comparison.metric))
+    axes.set_xlabel(unit.difference_label(comparison.decides.metric))
     better = f"better than {comparison.reference}"
-    up = comparison.mode == "max"
+    up = comparison.decides.mode == "max"
     _title(axes, f"{better} →" if up else f"← {better}", theme, "right" if up else "left")
     return figure
 

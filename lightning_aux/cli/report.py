@@ -90,7 +90,7 @@ def write_report(
         curves: Draws the learning curves in a theme.
         differences: Draws the paired differences in a theme.
     """
-    unit = Unit(comparison.unit)
+    unit = Unit(comparison.decides.unit)
     n = len(comparison.seeds)
     seeds = f"{n} seeds" if n > 1 else "one seed"
     parts = [
@@ -100,7 +100,7 @@ def write_report(
         _picture(
             "Differences",
             differences,
-            f"Each dot is one seed: {unit.difference_label(comparison.metric)} to "
+            f"Each dot is one seed: {unit.difference_label(comparison.decides.metric)} to "
             f"{comparison.reference}, which had the same data, initialisation and batches. "
             "The line is their mean, the bar its 95 % interval.",
         ),
@@ -125,11 +125,11 @@ def write_report(
 
 def _findings(comparison: Comparison, summaries: Sequence[VariantSummary]) -> list[str]:
     """What the intervals show, in a sentence per kind of verdict."""
-    unit = Unit(comparison.unit)
+    unit = Unit(comparison.decides.unit)
     reference = next(row for row in summaries if row.name == comparison.reference)
     suffix = f" {unit.text}" if unit.text else ""
     lines = [
-        f"{reference.name} has {comparison.metric} {unit.number(reference.mean)} ± "
+        f"{reference.name} has {comparison.decides.metric} {unit.number(reference.mean)} ± "
         f"{unit.number(reference.sd)}{suffix} (mean ± sd over {len(reference.values)} seeds)."
     ]
     for kind in ("better", "worse", "no difference shown"):
@@ -141,8 +141,9 @@ def _findings(comparison: Comparison, summaries: Sequence[VariantSummary]) -> li
 
 
 def _table(comparison: Comparison, summaries: Sequence[VariantSummary]) -> str:
-    metric = Unit(comparison.unit).label(comparison.metric)
-    heads = ["variant", metric, "difference", "verdict", "time per step"]
+    metric = Unit(comparison.decides.unit).label(comparison.decides.metric)
+    others = [Unit(measure.unit).label(measure.metric) for measure in comparison.also]
+    heads = ["variant", metric, "difference", "verdict", "time per step", *others]
     rows = []
     for row in summaries:
         name, *texts = cells(row, comparison)
@@ -160,8 +161,8 @@ def _table(comparison: Comparison, summaries: Sequence[VariantSummary]) -> str:
         '<p class="soft">Mean ± standard deviation over seeds, difference with its 95 % interval. '
         "Intervals are Student’s t over the per-seed differences (the paired t "
         "test), not corrected for the number of variants. Better and worse mean that the interval "
-        "leaves out zero. Time per step is the median over batches, relative to the reference; "
-        "loading the data is not in it.</p></section>"
+        "leaves out zero, and so does a star beside another metric. Time per step is the median "
+        "over batches, relative to the reference; loading the data is not in it.</p></section>"
     )
 
 
@@ -208,7 +209,8 @@ def _settings(comparison: Comparison, results: Sequence[RunResult]) -> str:
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     facts = {
         "seeds": ", ".join(map(str, comparison.seeds)),
-        "metric": f"{comparison.metric} ({comparison.mode})",
+        "metric": f"{comparison.decides.metric} ({comparison.decides.mode})",
+        "also": ", ".join(f"{each.metric} ({each.mode})" for each in comparison.also) or "nothing",
         "set for all": ", ".join(overrides) or "nothing",
         "training time": f"{seconds / 60:.1f} min for {len(results)} runs, one after the other",
         "torch": torch.__version__,

@@ -57,16 +57,30 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A logged metric and how it is read.
+
+    Attributes:
+        metric: Its name in the log.
+        mode: Whether a larger (`max`) or a smaller (`min`) value is better.
+        unit: `"%"` when the metric is a fraction that is shown as percent, else any text.
+    """
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    unit: str = ""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A checked compare file.
 
     Attributes:
         title: Heading of the report.
         description: Text below the heading.
-        metric: Name of the logged metric that decides.
-        mode: Whether a larger (`max`) or a smaller (`min`) value is better.
+        decides: The metric that decides.
+        also: Metrics that are compared beside it.
         curve: Name of the metric whose value per epoch is drawn; None for no curves.
-        unit: `"%"` when the metric is a fraction that is shown as percent, else any text.
         reference: Name of the variant that the others are compared with.
         seeds: One run of each variant per seed.
         overrides: What was set for all variants.
@@ -75,14 +89,18 @@ class Comparison:
 
     title: str
     description: str
-    metric: str
-    mode: Literal["max", "min"]
+    decides: Measure
+    also: tuple[Measure, ...]
     curve: str | None
-    unit: str
     reference: str
     seeds: tuple[int, ...]
     overrides: dict[str, Any]
     variants: dict[str, Variant] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The metric that decides, then the others."""
+        return (self.decides, *self.also)
 
 
 _KEYS = {
@@ -92,17 +110,22 @@ _KEYS = {
     "seeds": list,
     "metric": str,
     "mode": str,
-    "curve": str,
     "unit": str,
+    "also": dict,
+    "curve": str,
     "baseline": str,
     "set": dict,
     "variants": dict,
 }
+_MEASURE_KEYS = {"mode": str, "unit": str}
 _VARIANT_KEYS = {"callbacks": list, "set": dict}
 
 
 def read_comparison(
-    path: Path, seeds: Iterable[int] | None = None, epochs: int | None = None
+    path: Path,
+    seeds: Iterable[int] | None = None,
+    epochs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Read and check a compare file.
 
@@ -110,6 +133,7 @@ def read_comparison(
         path: The YAML file.
         seeds: Instead of the file's seeds.
         epochs: Instead of the config's `trainer.max_epochs`.
+        overrides: Values by dotted key, over those that the file sets for all variants.
 
     Returns:
         The comparison, with a parsed config per variant.
@@ -123,19 +147,18 @@ def read_comparison(
     for key in ("base", "metric"):
         if key not in content:
             raise ComparisonError(f"{path}: the key '{key}' is missing.")
-    mode = content.get("mode", "max")
-    if mode not in ("max", "min"):
-        raise ComparisonError(f"{path}: mode is 'max' or 'min', not {mode!r}.")
+    decides = _measure(content["metric"], content, str(path))
+    also = _also(content.get("also") or {}, decides, path)
 
     base_path = path.parent / content["base"]
     base = _without_fit_arguments(_load_mapping(base_path, f"base of {path}"), base_path)
-    overrides = dict(content.get("set") or {})
+    common = {**(content.get("set") or {}), **(overrides or {})}
     if epochs is not None:
-        overrides["trainer.max_epochs"] = epochs
+        common["trainer.max_epochs"] = epochs
     written: dict[str, Any] = content.get("variants") or {}
-    variants = {BASELINE: _variant(BASELINE, {}, base, overrides, path)}
+    variants = {BASELINE: _variant(BASELINE, {}, base, common, path)}
     for name, changes in written.items():
-        variants[name] = _variant(name, changes or {}, base, overrides, path)
+        variants[name] = _variant(name, changes or {}, base, common, path)
 
     reference = content.get("baseline", BASELINE)
     if reference not in variants:
@@ -146,15 +169,34 @@ def read_comparison(
     return Comparison(
         title=content.get("title", path.stem.replace("_", " ")),
         description=content.get("description", ""),
-        metric=content["metric"],
-        mode=mode,
+        decides=decides,
+        also=also,
         curve=content.get("curve"),
-        unit=content.get("unit", ""),
         reference=reference,
         seeds=_seeds(content.get("seeds", [0, 1, 2]) if seeds is None else list(seeds), path),
-        overrides=overrides,
+        overrides=common,
         variants=variants,
     )
+
+
+def _measure(metric: str, content: Mapping[str, Any], where: str) -> Measure:
+    mode: Any = content.get("mode") or "max"
+    if mode not in ("max", "min"):
+        raise ComparisonError(f"{where}: mode is 'max' or 'min', not {mode!r}.")
+    return Measure(metric, mode, content.get("unit") or "")
+
+
+def _also(written: dict[Any, Any], decides: Measure, path: Path) -> tuple[Measure, ...]:
+    measures = []
+    for metric, content in written.items():
+        where = f"{path}: also: '{metric}'"
+        if metric == decides.metric:
+            raise ComparisonError(f"{where} is the metric that decides; leave it out here.")
+        if not isinstance(content, dict | None):
+            raise ComparisonError(f"{where}: expected 'mode' and 'unit', got {content!r}.")
+        _check_keys(content or {}, _MEASURE_KEYS, where)
+        measures.append(_measure(str(metric), content or {}, where))
+    return tuple(measures)
 
 
 def _variant(

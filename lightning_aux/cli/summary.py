@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_aux.cli.specification import Comparison
+from lightning_aux.cli.specification import Comparison, Measure
 from lightning_aux.cli.statistics import (
     PairedDifference,
     Verdict,
@@ -26,6 +26,7 @@ class VariantSummary:
 
     Attributes:
         name: Name of the variant.
+        measure: The metric that this is about: the one that decides, except in `also`.
         values: The metric by seed, of the runs that finished with a finite value.
         mean: Mean over seeds, NaN when no run finished.
         sd: Sample standard deviation over seeds, NaN below two.
@@ -35,9 +36,11 @@ class VariantSummary:
         step_seconds: Median over seeds of the time per training step.
         step_ratio: Median over seeds of the ratio of that time to the reference's.
         errors: Error by seed, of the runs that failed.
+        also: The same of each of the comparison's other metrics.
     """
 
     name: str
+    measure: Measure
     values: dict[int, float]
     mean: float
     sd: float
@@ -47,6 +50,7 @@ class VariantSummary:
     step_seconds: float | None
     step_ratio: float | None
     errors: dict[int, str]
+    also: tuple[VariantSummary, ...] = ()
 
 
 def summarise(comparison: Comparison, results: Iterable[RunResult]) -> list[VariantSummary]:
@@ -55,23 +59,24 @@ def summarise(comparison: Comparison, results: Iterable[RunResult]) -> list[Vari
     for result in results:
         by_variant[result.variant][result.seed] = result
     reference = by_variant[comparison.reference]
-    return [
-        _summarise(comparison, name, runs, reference if name != comparison.reference else {})
-        for name, runs in by_variant.items()
-    ]
+    summaries = []
+    for name, runs in by_variant.items():
+        against = reference if name != comparison.reference else {}
+        also = tuple(_summarise(measure, name, runs, against) for measure in comparison.also)
+        summaries.append(_summarise(comparison.decides, name, runs, against, also))
+    return summaries
 
 
 def _summarise(
-    comparison: Comparison,
+    measure: Measure,
     name: str,
     runs: Mapping[int, RunResult],
     reference: Mapping[int, RunResult],
+    also: tuple[VariantSummary, ...] = (),
 ) -> VariantSummary:
-    values = _values(runs, comparison.metric)
-    errors = {
-        seed: _error(run, comparison.metric) for seed, run in runs.items() if seed not in values
-    }
-    against = _values(reference, comparison.metric)
+    values = _values(runs, measure.metric)
+    errors = {seed: _error(run, measure.metric) for seed, run in runs.items() if seed not in values}
+    against = _values(reference, measure.metric)
     common = [seed for seed in values if seed in against]
     paired = None
     if common:
@@ -84,15 +89,17 @@ def _summarise(
     ]
     return VariantSummary(
         name=name,
+        measure=measure,
         values=values,
         mean=statistics.fmean(values.values()) if values else math.nan,
         sd=spread(list(values.values())),
         differences={seed: values[seed] - against[seed] for seed in common},
         paired=paired,
-        verdict=verdict(paired, comparison.mode) if paired else None,
+        verdict=verdict(paired, measure.mode) if paired else None,
         step_seconds=statistics.median(times.values()) if times else None,
         step_ratio=statistics.median(ratios) if ratios else None,
         errors=errors,
+        also=also,
     )
 
 
@@ -113,16 +120,17 @@ def write_tables(
 ) -> None:
     """Write `results.csv`, `summary.csv` and `curves.csv`; metrics raw, times in milliseconds.
 
-    `results.csv` has a row per variant and seed, `summary.csv` one per variant, `curves.csv` one
-    per variant, seed, epoch and metric.
+    `results.csv` has a row per variant and seed, `summary.csv` one per variant and metric that is
+    compared, `curves.csv` one per variant, seed, epoch and metric.
     """
     results = list(results)
+    metrics = [measure.metric for measure in comparison.measures]
     _write(
         directory / "results.csv",
-        ["variant", "seed", comparison.metric, "ms_per_step", "seconds", "error"],
+        ["variant", "seed", *metrics, "ms_per_step", "seconds", "error"],
         (
             [
-                *(run.variant, run.seed, run.metrics.get(comparison.metric)),
+                *(run.variant, run.seed, *map(run.metrics.get, metrics)),
                 *(_milliseconds(run.step_seconds), round(run.seconds, 2), run.error),
             ]
             for run in results
@@ -131,16 +139,18 @@ def write_tables(
     _write(
         directory / "summary.csv",
         [
-            *("variant", "seeds", "mean", "sd", "difference", "low95", "high95", "verdict"),
+            *("variant", "metric", "seeds", "mean", "sd"),
+            *("difference", "low95", "high95", "verdict"),
             *("ms_per_step", "step_time_ratio", "failed"),
         ],
         (
             [
-                *(row.name, len(row.values), row.mean, row.sd),
+                *(row.name, row.measure.metric, len(row.values), row.mean, row.sd),
                 *((row.paired.mean, row.paired.low, row.paired.high) if row.paired else 3 * [None]),
                 *(row.verdict, _milliseconds(row.step_seconds), row.step_ratio, len(row.errors)),
             ]
-            for row in summaries
+            for summary in summaries
+            for row in (summary, *summary.also)
         ),
     )
     _write(

@@ -2,5 +2,6 @@
 
 from recipes.digits.data import DigitsData
 from recipes.digits.model import ImageClassifier
+from recipes.digits.supervisor import SupervisorAccuracy
 
-__all__ = ["DigitsData", "ImageClassifier"]
+__all__ = ["DigitsData", "ImageClassifier", "SupervisorAccuracy"]

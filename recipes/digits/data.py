@@ -1,13 +1,16 @@
 """The digits of scikit-learn (1797 images of 8 x 8 pixels) as a LightningDataModule.
 
-They come with scikit-learn; training labels can be made noisy.
+They come with scikit-learn; training labels can be made noisy or be those of a weak supervisor, and
+images can carry a mark that tells their class in training and lies in the test.
 """
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes.label_noise import flip_labels
@@ -28,6 +31,14 @@ class DigitsData(LightningDataModule):
         train_size: Number of training samples.
         val_size: Number of validation samples; the rest of the 1797 are for the test.
         num_workers: Processes that load batches; 0 loads in the main process.
+        marked: Probability that the mark on a training or validation image, one bright pixel on an
+            edge, is that of its class; the others have that of another class. In the test it is
+            that of any class. 0 for no marks at all.
+        supervisor_size: When above 0, a logistic regression is fitted to so many training samples
+            and labels the others, which alone are trained on.
+
+    Attributes:
+        supervisor_accuracy: Of that logistic regression, on the test images; None without one.
     """
 
     def __init__(
@@ -38,6 +49,8 @@ class DigitsData(LightningDataModule):
         train_size: int = 1000,
         val_size: int = 200,
         num_workers: int = 0,
+        marked: float = 0.0,
+        supervisor_size: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -47,10 +60,13 @@ class DigitsData(LightningDataModule):
         self.train_size = train_size
         self.val_size = val_size
         self.num_workers = num_workers
+        self.marked = marked
+        self.supervisor_size = supervisor_size
+        self.supervisor_accuracy: float | None = None
         self.datasets: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str) -> None:
-        """Split the images and flip training labels."""
+        """Split the images, draw the marks, and spoil training labels as asked."""
         if self.datasets:
             return
         images, labels = load_digits(return_X_y=True)
@@ -58,6 +74,17 @@ class DigitsData(LightningDataModule):
         y = torch.from_numpy(labels.astype(np.int64))
         train, rest = self._split(np.arange(len(y)), self.train_size, labels)
         val, test = self._split(rest, self.val_size, labels)
+        if self.marked:
+            for part, wrong in ((train, 1 - self.marked), (val, 1 - self.marked), (test, 0.9)):
+                mark(x, part, flip_labels(y[part], wrong, NUM_CLASSES, self.data_seed + 1))
+        if self.supervisor_size:
+            supervised, train = self._split(train, self.supervisor_size, labels)
+            supervisor = LogisticRegression(max_iter=1000)
+            supervisor.fit(x[supervised].flatten(1).numpy(), labels[supervised])
+            self.supervisor_accuracy = float(
+                supervisor.score(x[test].flatten(1).numpy(), labels[test])
+            )
+            y[train] = torch.from_numpy(supervisor.predict(x[train].flatten(1).numpy()))
         noisy = flip_labels(y[train], self.label_noise, NUM_CLASSES, self.data_seed)
         self.datasets = {
             "train": TensorDataset(x[train], noisy),
@@ -93,3 +120,9 @@ class DigitsData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def mark(images: Tensor, which: np.ndarray, classes: Tensor) -> None:
+    """Set the pixel that stands for a class, in place: five on the left edge, five on the right."""
+    columns = torch.where(classes < 5, 0, images.shape[-1] - 1)
+    images[torch.from_numpy(which), 0, classes % 5, columns] = 1.0

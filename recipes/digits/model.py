@@ -6,13 +6,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from recipes.confidence import WithinClassVariation, confidence_measures
+
 Batch = tuple[Tensor, Tensor]
 
 
 class ImageClassifier(LightningModule):
     """Two convolutions, dropout and a linear layer, trained with AdamW.
 
-    Logs `train_loss`, `val_loss`, `val_acc` and `test_acc` once per epoch.
+    Logs `train_loss`, `val_loss` and `val_acc` once per epoch, and in `test` the measures of
+    `recipes.confidence`: `test_acc`, `test_nll`, `test_ece` and so on.
 
     Args:
         width: Channels of the first convolution; the second has twice as many.
@@ -44,7 +47,8 @@ class ImageClassifier(LightningModule):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * width * 4 * 4, num_classes)
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_measures = confidence_measures(num_classes)
+        self.test_within = WithinClassVariation()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(batch, classes)` of images `(batch, 1, 8, 8)`."""
@@ -65,8 +69,11 @@ class ImageClassifier(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         x, y = batch
-        self.test_acc(self(x), y)
-        self.log("test_acc", self.test_acc)
+        features = self.encoder(x)
+        self.test_measures.update(self.head(self.dropout(features)), y)
+        self.test_within.update(features, y)
+        self.log_dict(self.test_measures)
+        self.log("test_within", self.test_within)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(dim=-1)

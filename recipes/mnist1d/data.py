@@ -33,6 +33,8 @@ class MNIST1DData(LightningDataModule):
         test_size: Number of test samples.
         cache_dir: Folder that keeps the generated arrays between runs.
         num_workers: Processes that load batches; 0 loads in the main process.
+        classes: The classes in training and validation data; None for all. Others are left out,
+            and the sizes shrink. The test has all of them.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MNIST1DData(LightningDataModule):
         test_size: int = 5000,
         cache_dir: str = "runs/data",
         num_workers: int = 0,
+        classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -53,6 +56,7 @@ class MNIST1DData(LightningDataModule):
         self.data_seed = data_seed
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.num_workers = num_workers
+        self.classes = classes
         total = sum(self.sizes.values())
         self.cache_file = Path(cache_dir) / f"mnist1d_{total}_seed{data_seed}.npz"
         self.datasets: dict[str, TensorDataset] = {}
@@ -77,6 +81,9 @@ class MNIST1DData(LightningDataModule):
         sizes = list(self.sizes.values())
         parts = zip(self.sizes, x.split(sizes), y.split(sizes), strict=True)
         for name, x_part, y_part in parts:
+            if self.classes is not None and name != "test":
+                kept = torch.isin(y_part, torch.tensor(self.classes))
+                x_part, y_part = x_part[kept], y_part[kept]
             if name == "train":
                 y_part = flip_labels(y_part, self.label_noise, NUM_CLASSES, self.data_seed)
             self.datasets[name] = TensorDataset(x_part, y_part)

@@ -6,13 +6,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from recipes.confidence import WithinClassVariation, confidence_measures
+
 Batch = tuple[Tensor, Tensor]
 
 
 class ConvClassifier(LightningModule):
     """Three strided convolutions, dropout and a linear layer, trained with AdamW.
 
-    Logs `train_loss`, `train_acc`, `val_loss`, `val_acc` and `test_acc` once per epoch.
+    Logs `train_loss`, `train_acc`, `val_loss` and `val_acc` once per epoch, and in `test` the
+    measures of `recipes.confidence`: `test_acc`, `test_nll`, `test_ece` and so on.
 
     Args:
         width: Channels of every convolution.
@@ -47,7 +50,8 @@ class ConvClassifier(LightningModule):
         self.head = nn.Linear(5 * width, num_classes)
         self.train_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_measures = confidence_measures(num_classes)
+        self.test_within = WithinClassVariation()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `(batch, classes)` of signals `(batch, 1, 40)`."""
@@ -71,8 +75,11 @@ class ConvClassifier(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         x, y = batch
-        self.test_acc(self(x), y)
-        self.log("test_acc", self.test_acc)
+        features = self.encoder(x)
+        self.test_measures.update(self.head(self.dropout(features)), y)
+        self.test_within.update(features, y)
+        self.log_dict(self.test_measures)
+        self.log("test_within", self.test_within)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(dim=-1)

@@ -268,6 +268,10 @@ def test_config_beside_a_run_starts_the_same_run(place, tmp_path):
         ({"base": "bas.yaml"}, "Did you mean 'base.yaml'?"),
         ({"baseline": "slwo", "variants": {"slow": {}}}, "no variant 'slwo'. Did you mean 'slow'?"),
         ({"mode": "maximum"}, "mode is 'max' or 'min', not 'maximum'"),
+        ({"also": {"val_error": {"mode": "mx"}}}, "also: 'val_error': mode is 'max' or 'min'"),
+        ({"also": {"val_error": {"mod": "max"}}}, "Did you mean 'mode'?"),
+        ({"also": {"val_error": "min"}}, "expected 'mode' and 'unit', got 'min'"),
+        ({"also": {"test_error": None}}, "is the metric that decides"),
         ({"seeds": [0, 0]}, "seeds are different integers"),
         ({"seeds": 3}, "'seeds' is a list, not 3"),
         ({"variants": {"a b": {}}}, "a name has letters, digits"),
@@ -313,3 +317,62 @@ def test_displays_of_the_base_give_way(place):
     trainer = {**BASE["trainer"], "callbacks": [{"class_path": "RichProgressBar"}]}
     place.write_base({**BASE, "trainer": trainer})
     assert place.compare("--seeds=0") == 0
+
+
+def test_other_metrics_are_compared_beside_the_one_that_decides(place, capsys):
+    variants = {"slow": {"set": {"model.init_args.lr": 0.02}}}
+    place.compare(variants=variants, seeds=[0, 1, 2], also={"val_error": {"mode": "min"}})
+
+    runs = place.rows("results.csv")
+    assert list(runs[0])[:4] == ["variant", "seed", "test_error", "val_error"]
+    values = {(row["variant"], row["seed"]): float(row["val_error"]) for row in runs}
+    slow, plain = ([values[name, seed] for seed in "012"] for name in ("slow", "baseline"))
+    expected = ttest_rel(slow, plain)
+    summary = {(row["variant"], row["metric"]): row for row in place.rows("summary.csv")}
+    assert len(summary) == 4
+    found = summary["slow", "val_error"]
+    interval = expected.confidence_interval()
+    assert (float(found["low95"]), float(found["high95"])) == pytest.approx(interval, rel=1e-4)
+    assert (found["verdict"] == "no difference shown") == (interval[0] <= 0 <= interval[1])
+
+    mean, change = sum(slow) / 3, (sum(slow) - sum(plain)) / 3
+    star = "" if found["verdict"] == "no difference shown" else "*"
+    shown = f"{mean:.4g} ({change:+.3g}{star})".replace("-", "−")
+    assert shown in capsys.readouterr().out
+    assert shown in (place.output / "report.html").read_text()
+
+
+def test_another_metric_has_its_own_direction(place):
+    """The same error, of which once less and once more is said to be better."""
+    variants = {"off": {"set": {"model.init_args.lr": 0.0}}}
+    place.compare(variants=variants, seeds=[0, 1, 2], also={"val_error": {"mode": "max"}})
+    said = {row["metric"]: row["verdict"] for row in place.rows("summary.csv") if row["verdict"]}
+    opposite = {"worse": "better", "no difference shown": "no difference shown"}
+    assert said["val_error"] == opposite[said["test_error"]]
+
+
+def test_another_metric_that_nobody_logs_ends_after_the_first_run(place, capsys):
+    with pytest.raises(SystemExit):
+        place.compare(also={"vall_error": None})
+    assert "logged no 'vall_error'. Did you mean 'val_error'?" in capsys.readouterr().err
+
+
+def test_set_on_the_command_line_goes_over_the_file_and_under_the_variants(place):
+    variants = {"own": {"set": {"model.init_args.lr": 0.03}}}
+    flags = ["--set", "model.init_args.lr=0.02", "--set", "data.init_args.size=16"]
+    place.compare("--seeds=0", *flags, variants=variants, set={"model.init_args.lr": 0.01})
+    configs = {
+        name: yaml.safe_load((place.run_directory(name, 0) / "config.yaml").read_text())
+        for name in ("baseline", "own")
+    }
+    assert configs["baseline"]["model"]["init_args"]["lr"] == 0.02
+    assert configs["own"]["model"]["init_args"]["lr"] == 0.03
+    assert {each["data"]["init_args"]["size"] for each in configs.values()} == {16}
+
+
+@pytest.mark.parametrize("text", ["lr", "=3", "lr=[1"])
+def test_a_wrong_set_on_the_command_line_says_what_is_expected(place, capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        place.compare("--set", text)
+    assert stop.value.code == 2
+    assert text in capsys.readouterr().err

@@ -134,3 +134,87 @@ def test_recipes_import_nothing_of_ours():
         "sys.exit(any(name.startswith('lightning_aux') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def marks(images):
+    """The class whose pixel is brightest on the edges, which digits leave dark."""
+    return torch.cat([images[:, 0, :5, 0], images[:, 0, :5, -1]], dim=1)
+
+
+def test_marks_tell_the_class_in_training_and_nothing_in_the_test():
+    plain, data = DigitsData(data_seed=3), DigitsData(data_seed=3, marked=0.8)
+    told = {}
+    for each in (plain, data):
+        each.setup("fit")
+    for part in ("train", "val", "test"):
+        x, y = data.datasets[part].tensors
+        assert torch.equal(y, plain.datasets[part].tensors[1])
+        bright = marks(x) == 1
+        assert bright.any(dim=1).all(), "every image has a mark"
+        only = bright.sum(dim=1) == 1  # no bright pixel of the digit itself on the edge
+        told[part] = (bright.float().argmax(1) == y)[only].float().mean().item()
+        changed = x != plain.datasets[part].tensors[0]
+        assert changed.sum(dim=(1, 2, 3)).max() == 1
+    # four standard deviations of a share of 0.8 of 1000, of 0.8 of 200 and of 0.1 of 597
+    assert told["train"] == pytest.approx(0.8, abs=0.05)
+    assert told["val"] == pytest.approx(0.8, abs=0.12)
+    assert told["test"] == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_weak_supervisor_labels_what_it_has_not_seen():
+    plain, data = DigitsData(), DigitsData(supervisor_size=50)
+    for each in (plain, data):
+        each.setup("fit")
+    x, y = data.datasets["train"].tensors
+    true = {
+        image.numpy().tobytes(): label
+        for image, label in zip(*plain.datasets["train"].tensors, strict=True)
+    }
+    assert len(x) == len(plain.datasets["train"]) - 50
+    agreed = torch.stack([true[image.numpy().tobytes()] for image in x]) == y
+    # as good on the training images, which it has not seen either, as in the test
+    assert agreed.float().mean().item() == pytest.approx(data.supervisor_accuracy, abs=0.06)
+    assert 0.6 < data.supervisor_accuracy < 0.95
+    for part in ("val", "test"):
+        assert torch.equal(data.datasets[part].tensors[1], plain.datasets[part].tensors[1])
+    assert plain.supervisor_accuracy is None
+
+
+def test_classes_are_left_out_of_training_and_not_of_the_test(cache):
+    data = MNIST1DData(train_size=600, val_size=100, test_size=300, cache_dir=cache, classes=[0, 7])
+    data.prepare_data()
+    data.setup("fit")
+    labels = {part: set(each.tensors[1].tolist()) for part, each in data.datasets.items()}
+    assert labels == {"train": {0, 7}, "val": {0, 7}, "test": set(range(10))}
+
+
+@pytest.mark.parametrize("kind", ["mnist1d", "digits"])
+def test_the_models_log_what_their_confidence_is_worth(kind, cache):
+    import lightning as L
+
+    from recipes.digits import ImageClassifier
+    from recipes.mnist1d import ConvClassifier
+
+    if kind == "digits":
+        model, data = ImageClassifier(width=4), DigitsData()
+    else:
+        data = MNIST1DData(train_size=600, val_size=100, test_size=300, cache_dir=cache)
+        model = ConvClassifier(width=4)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    (found,) = trainer.test(model, data, verbose=False)
+    x, y = data.datasets["test"].tensors
+    with torch.no_grad():
+        logits = model.eval()(x)
+    assert found["test_acc"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert found["test_nll"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5
+    )
+    others = {"test_ece", "test_aurc", "test_aurc_normalized", "test_pass16", "test_within"}
+    assert set(found) == {"test_acc", "test_nll", *others}
+    assert not any(key.startswith("test_") for key in model.state_dict())
