@@ -14,8 +14,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils.data import DataLoader
 
-from lightning_aux import EMATeacher, SelfDistillation
+from lightning_aux import EMATeacher, SelfDistillation, StochasticDepthSchedule
 from lightning_aux.engine import Attached
 from tests.contract.models import Classifier, EpochShuffle, ResumableLoader, Samples
 from tests.contract.probe import Probe
@@ -26,6 +27,7 @@ from tests.contract.training import (
     identical,
     loader,
     optimizer_state,
+    quiet_trainer,
     seeded,
     weights,
 )
@@ -187,3 +189,29 @@ def test_a_checkpoint_with_us_can_be_resumed_without_us(tmp_path: Path, entry: s
     checkpoint = stopped_mid_epoch(callbacks(entry, WEIGHT), tmp_path)
     _, trainer = train([], checkpoint)
     assert trainer.global_step == EPOCHS * STEPS
+
+
+DRAWING = {
+    "stochastic depth": lambda: [StochasticDepthSchedule(0.5, "encoder.1")],
+    "teacher dropping": lambda: callbacks("multi_teacher_distillation", WEIGHT),
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWING)
+def test_a_resumed_run_draws_by_the_seed_of_the_run_not_of_the_process(
+    tmp_path: Path, drawing: str
+) -> None:
+    """A script that does not seed has another one each time; what draws here is ours alone."""
+    data = DataLoader(Samples(48), batch_size=8)
+
+    def run(seed: int, ckpt_path: Path | None = None, **options: Any) -> dict[str, Any]:
+        module, added = seeded(Classifier), DRAWING[drawing]()
+        trainer = quiet_trainer([*added, *options.pop("saving", ())], max_epochs=3, **options)
+        L.seed_everything(seed, verbose=False)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return weights(module)
+
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    expected = run(1, saving=[saving])
+    assert identical(run(2, tmp_path / "epoch=0.ckpt"), expected)
+    assert not identical(run(2), expected)

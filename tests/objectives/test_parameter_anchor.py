@@ -212,6 +212,66 @@ def test_noisy_weights_are_never_saved_validated_or_left_behind(plain_trainer, t
     assert equal(weights(broken), before)
 
 
+class Saving(L.Callback):
+    """Saves when training fails, before ours have been told."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_that_is_saved_within_a_step_has_no_noise(plain_trainer, tmp_path):
+    class Fails(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 1:
+                raise RuntimeError("on purpose")
+            return loss
+
+    module, own = Fails(), []
+    keeps = L.Callback()
+    keeps.on_train_batch_start = lambda *_: own.append(weights(module))
+    anchor = aux.ParameterAnchor(form="variational", sigma=0.1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        plain_trainer(callbacks=[keeps, Saving(tmp_path / "x.ckpt"), anchor]).fit(module, rows())
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert equal(saved, own[-1])
+
+
+def test_a_step_in_which_no_optimizer_steps_leaves_no_noise(plain_trainer):
+    class Rarely(Classifier):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+            if batch_idx % 2:
+                super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            else:  # the gradients are computed, and nothing is done with them
+                before = weights(self)
+                closure()
+                assert equal(weights(self), before)
+
+    trained(plain_trainer, aux.ParameterAnchor(form="variational", sigma=0.1), model=Rarely())
+
+
+def test_noise_is_that_of_the_seed_of_the_run(plain_trainer, tmp_path):
+    def run(seed: int, **resume: Any) -> Any:
+        L.seed_everything(3)
+        module = Classifier()
+        L.seed_everything(seed)
+        trainer = plain_trainer(
+            max_epochs=resume.pop("max_epochs", 2),
+            callbacks=[aux.ParameterAnchor(form="variational", sigma=0.1)],
+        )
+        trainer.fit(module, rows(), **resume)
+        return module, trainer
+
+    through, _ = run(3)
+    _, half = run(3, max_epochs=1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(4, ckpt_path=tmp_path / "half.ckpt")
+    assert equal(weights(resumed), weights(through))
+
+
 def test_the_users_random_stream_is_left_alone_and_resuming_draws_the_same(plain_trainer, tmp_path):
     def run(**resume: Any) -> Any:
         L.seed_everything(3)
