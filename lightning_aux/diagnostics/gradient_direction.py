@@ -49,7 +49,9 @@ class GradientDirection(Attached):
     - ``norm``: mean norm of the gᵢ;
     - ``seconds``: what the latest measurement took.
 
-    The gradients are those of the user's own loss with respect to all trainable parameters. The
+    The gradients are those of the user's own loss with respect to all trainable parameters, at the
+    weights themselves also where a step has others (`QuantizedWeights`, a variational
+    `ParameterAnchor`). The
     mini-batches are drawn once from the training dataset, by random numbers of our own, and are
     the same in every measurement and after a resume. The paper takes the whole data for ĝ; here it
     is a sample unless ``full`` says otherwise.

@@ -23,7 +23,8 @@ class ConfidenceLimit(Objective):
 
     The term is the difference from the cross entropy, ``DCO − CE``, so that with ``weight=1`` the
     loss of a module that returns the cross entropy becomes DCO, whatever else is in its loss, and
-    a schedule blends the two.
+    a schedule blends the two. Both are means over ALL examples, those without a label (−100)
+    included, which torch's mean leaves out: return the sum over the labelled ones divided by all.
 
     Args:
         samples: N, the number of answers that are drawn; N = 1 is the cross entropy.

@@ -21,6 +21,9 @@ class LabelSmoothing(Objective):
     arXiv:2502.15798, theorem 3.3: with weight ε the total is exactly the cross entropy with targets
     ``(1 − ε) · onehot + ε/K``. See `functional.label_smoothing`.
 
+    The mean is over ALL examples. torch's loss divides by those that have a label: where only a
+    share s of them has one (padding is −100, say), a weight of ε/s gives what its ε gives.
+
     What it costs is the ranking of predictions by confidence (Xia et al. 2025, "Understanding Why
     Label Smoothing Degrades Selective Classification and How to Fix It", arXiv:2403.14715); attach
     `SelectiveClassification` to see it on your data.

@@ -25,7 +25,8 @@ class ProgressiveSelfDistillation(Remembering):
     the label alone.
 
     The term is the difference from the cross entropy with the labels, so the user's loss stays
-    what it is (the cross entropy) and ``weight`` is α.
+    what it is (the cross entropy) and ``weight`` is α. Its mean is over ALL examples, those without
+    a label (−100) included.
 
     The memory is of ``samples × classes`` numbers, keyed by dataset index; its size is said at the
     first step. Without indices, a `SnapshotTeacher` with ``every="1ep"`` and `SelfDistillation`

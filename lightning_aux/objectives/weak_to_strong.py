@@ -24,7 +24,8 @@ class WeakToStrongConfidence(Objective):
     threshold, and for more than two classes.
 
     The term is the difference ``CE(f, ŷ) − CE(f, y_weak)``, so the user's loss stays what it is
-    (the cross entropy with the weak labels) and ``weight`` is α.
+    (the cross entropy with the weak labels) and ``weight`` is α. Its mean is over ALL examples,
+    those without a label (−100) included.
 
     Args:
         weight: α. The released code ends at 0.5 after a tenth of the training (where it jumps from

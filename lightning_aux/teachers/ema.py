@@ -59,7 +59,9 @@ class EMATeacher(MovingTeacher):
         offload: keep the average in host memory. An update then runs beside the next step, and the
             device has no second copy of the parameters; but each step in which an objective asks
             this teacher copies the average to the device. For an average that is evaluated
-            (`EMAWeights`) or rarely asked.
+            (`EMAWeights`) or rarely asked. On CUDA, weights may be written to in the optimizer's
+            step only: a clamp between two steps is an error in the next one, and one past torch's
+            notice (through ``.data``) spoils the average.
 
     Raises:
         AuxiliaryError: ``decay`` outside [0, 1], two of ``decay``, ``half_life`` and ``length``,

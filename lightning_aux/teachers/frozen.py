@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class FrozenTeacher(Teacher):
         self.forward = forward
         self._other: AnotherModel | None = None  # during a fit
         self._prepared: WeightStore | None = None  # from the check until training starts
+        self._fingerprint: int | None = None
         self._digest: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,13 +132,26 @@ class FrozenTeacher(Teacher):
                 f"{self.name}: {str(self.checkpoint)!r} is not the file that the run which is "
                 f"resumed read its teacher from. Give that one, or the teacher another name."
             )
+        self._fingerprint = None
+        if self.module is not None and self.checkpoint is None:
+            self._fingerprint = fingerprint_of(self.module)
+            if saved.get("fingerprint", self._fingerprint) != self._fingerprint:
+                raise AuxiliaryError(
+                    f"{self.name}: the module= has other weights than that of the run which is "
+                    f"resumed. Give it those, for example with checkpoint=, or the teacher another "
+                    f"name."
+                )
         elsewhere = self.checkpoint is not None or self.module is not None
         super().start(engine, None if elsewhere else state)
 
     def state(self) -> dict[str, Any]:
         # What is in a file already, or in a module that is given again, is not stored in every
         # checkpoint as well.
-        named = {"module": self._architecture, "file": self._digest if self.checkpoint else None}
+        named = {
+            "module": self._architecture,
+            "file": self._digest if self.checkpoint else None,
+            "fingerprint": self._fingerprint,
+        }
         given = {key: value for key, value in named.items() if value is not None}
         return given or super().state()
 
@@ -241,6 +256,16 @@ def _under_one_prefix(weights: dict[str, Tensor], names: Iterable[str]) -> dict[
     if len(fitting) != 1:
         return weights
     return {name: weights[fitting[0] + name] for name in names}
+
+
+def fingerprint_of(module: nn.Module) -> int:
+    """A checksum of the parameters and buffers of a module."""
+    checksum = 0
+    for each in module.state_dict().values():
+        if isinstance(each, Tensor):
+            flat = each.detach().cpu().contiguous().reshape(-1)
+            checksum = crc32(flat.view(torch.uint8).numpy().tobytes(), checksum)
+    return checksum
 
 
 def _defines_forward(module: nn.Module) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -118,6 +120,7 @@ class _Run:
         self._module = module
         self._locations = locations
         self._unobserved = Unobserved(module)
+        self._warned = False
         self._watched = False
         self.capture = Capture(module)
         self.model_call = ModelCall(module, self.capture)
@@ -156,7 +159,17 @@ class _Run:
         record = Record(apart(batch), "student")
         device = self._module.device
         with self.capture.recording(record), self._unobserved.evaluated(device):
+            before = torch.get_rng_state()
             self._call(batch, batch_idx, record)
+            drawn = not torch.equal(before, torch.get_rng_state())
+        if drawn and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"lightning_aux: teach: {type(self._module).__name__} draws random numbers also in "
+                f"evaluation mode. If its training_step mixes or augments the batch, the logits "
+                f"are those of other inputs than a student sees: say how the model runs, with "
+                f"Taps(forward=lambda module, batch: ...)."
+            )
         self.capture.settle(record)
         seen = Pass(self, record, self._locations, "teach")
         logits = seen.logits

@@ -18,6 +18,7 @@ from torchmetrics import SumMetric
 
 import lightning_aux as aux
 from lightning_aux.cli import main
+from lightning_aux.teachers.frozen import fingerprint_of
 from tests.engine.small_models import (
     CLASSES,
     WIDTH,
@@ -261,7 +262,7 @@ def test_what_cannot_teach_is_a_named_error(make, message, plain_trainer):
 
 def test_its_weights_are_no_place_to_be_near_to(plain_trainer):
     added = [aux.FrozenTeacher(module=wide()), aux.EMAAnchor("weight", teacher="frozen")]
-    with pytest.raises(aux.AuxiliaryError, match="the weights of another module, Wide"):
+    with pytest.raises(aux.AuxiliaryError, match="is another model, or its logits"):
         plain_trainer(callbacks=added).fit(Classifier(), rows())
 
 
@@ -310,7 +311,8 @@ def test_checkpoints_hold_nothing_of_it_and_a_resumed_run_uses_the_module_again(
     )
     path = tmp_path / "epoch=0.ckpt"
     saved = torch.load(path, weights_only=True)
-    assert saved["lightning_aux"]["members"]["frozen"] == {"module": "Wide"}
+    noted = saved["lightning_aux"]["members"]["frozen"]
+    assert noted == {"module": "Wide", "fingerprint": fingerprint_of(module)}
     assert saved["state_dict"].keys() == Classifier().state_dict().keys()
     student = Classifier()
     added = [
@@ -327,6 +329,7 @@ def test_checkpoints_hold_nothing_of_it_and_a_resumed_run_uses_the_module_again(
         ("module", "plain", "had Wide as this teacher"),
         ("plain", "module", "had the student's own architecture as this teacher"),
         ("file", "module", r"stored no second copy. Give FrozenTeacher\(checkpoint="),
+        ("module", "other weights", "has other weights than that of the run"),
         ("file", "other file", "is not the file that the run which is resumed"),
     ],
 )
@@ -340,6 +343,8 @@ def test_a_run_resumed_with_another_teacher_is_refused(
 
     def make(kind: str) -> aux.FrozenTeacher:
         module = None if kind == "plain" else wide()
+        if kind == "other weights":
+            torch.nn.init.ones_(next(module.parameters()))
         return aux.FrozenTeacher(checkpoint=files.get(kind), module=module)
 
     trainer = plain_trainer(max_epochs=1, callbacks=[make(first)])

@@ -253,6 +253,17 @@ class OfTheFit(L.LightningDataModule):
         return 3 * batch[0], batch[1]
 
 
+class Mixing(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x + torch.randn_like(x)), y)
+
+
+def test_a_step_that_draws_random_numbers_is_warned_of(taught):
+    with pytest.warns(UserWarning, match="draws random numbers also in evaluation mode"):
+        taught(Mixing())
+
+
 def test_a_datamodule_prepares_its_batches_as_in_training(taught):
     module = trained()
     path = taught(module, OfTheFit(), storage="float32")
@@ -480,7 +491,7 @@ def test_other_classes_and_data_without_an_index_are_named_errors(taught, plain_
             "probe wants features of the teacher 'stored', of which only the logits are stored",
         ),
         (lambda: Probe(lambda step: step.teacher("stored").input()), "probe wants the input of"),
-        (lambda: aux.EMAAnchor("weight", teacher="stored"), "wants the weights of"),
+        (lambda: aux.EMAAnchor("weight", teacher="stored"), "is another model, or its logits"),
     ],
 )
 def test_more_than_logits_is_a_named_error(objective, message, taught, plain_trainer):
