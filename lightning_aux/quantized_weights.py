@@ -59,8 +59,8 @@ class QuantizedWeights(Attached):
         Whatever reads parameters within a step (an objective on weights, your own penalty in
         ``training_step``) sees Q(w), and what your code writes into quantised parameters there (a
         clamp) is undone: write in ``on_train_batch_end``, or in the optimizer. Buffers, BatchNorm's
-        statistics among them, are the live ones and not quantised. In ``on_after_backward`` callbacks
-        that stand before this one still see Q(w), and those after it w.
+        statistics among them, are the live ones and not quantised. In ``on_after_backward``
+        callbacks that stand before this one still see Q(w), and those after it w.
     """
 
     turn = 2  # after whatever else changes or measures the weights

@@ -377,8 +377,8 @@ MUTATIONS = [
         "C12",
         "heads stay in the optimizer after the end",
         "engine/engine.py",
-        "            self.heads.part()\n",
-        "",
+        "self.heads.hide, self.heads.part, ",
+        "self.heads.hide, ",
         f"{_contract(12)} tests/engine/test_heads.py",
     ),
     Mutation(
