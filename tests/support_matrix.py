@@ -114,4 +114,7 @@ def vouched(item: pytest.Item) -> list[tuple[str, str]]:
     unknown = [column for column in columns if column not in COLUMNS]
     if unknown:
         raise pytest.UsageError(f"{item.nodeid} vouches for {unknown}; known: {list(COLUMNS)}")
-    return [(entry, column) for column in columns or COLUMNS[:1]]
+    # One training may be of several entries.
+    together = item.get_closest_marker("stands_for")
+    entries = together.args if together else (entry,)
+    return [(each, column) for each in entries for column in columns or COLUMNS[:1]]

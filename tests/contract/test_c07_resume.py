@@ -22,13 +22,14 @@ from tests.contract.models import Classifier, EpochShuffle, ResumableLoader, Sam
 from tests.contract.probe import Probe
 from tests.contract.training import (
     callbacks,
-    every_entry,
+    every_trained,
     fit,
     identical,
     loader,
     optimizer_state,
     quiet_trainer,
     seeded,
+    together,
     weights,
 )
 
@@ -128,17 +129,17 @@ def test_premise_resume_of_this_model_is_exact_without_us(
 
 @cache
 def never_stopped(entry: str, window: int) -> dict[str, Any]:
-    added = callbacks(entry, WEIGHT)
+    added = together(entry, WEIGHT)
     return ended(*train(added, accumulate_grad_batches=window), added)
 
 
 @every_window
 @every_stop
-@every_entry
+@every_trained
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, entry: str, stop: Any, window: int) -> None:
     options = {"accumulate_grad_batches": window}
-    checkpoint = stop(callbacks(entry, WEIGHT), tmp_path, **options)
-    resumed = callbacks(entry, WEIGHT)
+    checkpoint = stop(together(entry, WEIGHT), tmp_path, **options)
+    resumed = together(entry, WEIGHT)
     actual = ended(*train(resumed, checkpoint, **options), resumed)
     expected = never_stopped(entry, window)
     assert [part for part in expected if not identical(actual[part], expected[part])] == []
@@ -175,18 +176,18 @@ def test_f13_an_average_that_starts_late_survives_a_resume(
     assert identical(ended(*train(resumed, checkpoint), resumed), expected)
 
 
-@every_entry
+@every_trained
 def test_a_checkpoint_without_us_can_be_resumed_with_us(tmp_path: Path, entry: str) -> None:
     """Teachers begin from the loaded weights, schedules at the loaded step; a warning says so."""
     checkpoint = stopped_after_validation([], tmp_path)
     with pytest.warns(UserWarning, match="written without these callbacks"):
-        _, trainer = train(callbacks(entry, WEIGHT), checkpoint)
+        _, trainer = train(together(entry, WEIGHT), checkpoint)
     assert trainer.global_step == EPOCHS * STEPS
 
 
-@every_entry
+@every_trained
 def test_a_checkpoint_with_us_can_be_resumed_without_us(tmp_path: Path, entry: str) -> None:
-    checkpoint = stopped_mid_epoch(callbacks(entry, WEIGHT), tmp_path)
+    checkpoint = stopped_mid_epoch(together(entry, WEIGHT), tmp_path)
     _, trainer = train([], checkpoint)
     assert trainer.global_step == EPOCHS * STEPS
 

@@ -17,14 +17,14 @@ from lightning_aux.engine import Attached
 from tests.contract.models import Classifier
 from tests.contract.probe import Probe
 from tests.contract.training import (
-    callbacks,
-    every_entry,
     every_term,
+    every_trained,
     identical,
     largest_difference,
     loader,
     quiet_trainer,
     seeded,
+    together,
     weights,
 )
 
@@ -183,7 +183,7 @@ every_ending = pytest.mark.parametrize("ending", ENDINGS)
 @every_ending
 @pytest.mark.parametrize("last", [False, True], ids=["before theirs", "after theirs"])
 @pytest.mark.usefixtures("interruptible")
-@every_entry
+@every_trained
 def test_nothing_of_ours_remains(entry: str, ending: str, last: bool) -> None:
     """Every attribute, hook and rate is as after the same run without us."""
     make, expected = ENDINGS[ending]
@@ -191,7 +191,7 @@ def test_nothing_of_ours_remains(entry: str, ending: str, last: bool) -> None:
     before = run(module, theirs, expected)
 
     module, theirs = make()
-    ours = callbacks(entry)
+    ours = together(entry)
     after = run(module, [*theirs, *ours] if last else [*ours, *theirs], expected)
     assert differing(after, before) == {}
 
@@ -208,7 +208,7 @@ def test_nothing_of_a_head_remains(ending: str) -> None:
 
 @every_ending
 @pytest.mark.usefixtures("interruptible")
-@every_entry
+@every_trained
 def test_f35_the_users_own_hooks_and_patches_remain(entry: str, ending: str) -> None:
     make, expected = ENDINGS[ending]
     module, theirs = make()
@@ -221,7 +221,7 @@ def test_f35_the_users_own_hooks_and_patches_remain(entry: str, ending: str) -> 
     module.training_step = patched
     module.encoder.register_forward_hook(lambda *_: seen.append(1))
     module.encoder.register_forward_pre_hook(lambda *_: seen.append(2))
-    run(module, [*callbacks(entry), *theirs], expected)
+    run(module, [*together(entry), *theirs], expected)
 
     assert module.__dict__["training_step"] is patched
     assert len(module.encoder._forward_hooks) == len(module.encoder._forward_pre_hooks) == 1
@@ -231,7 +231,7 @@ def test_f35_the_users_own_hooks_and_patches_remain(entry: str, ending: str) -> 
 
 
 @pytest.mark.usefixtures("interruptible")
-@every_entry
+@every_trained
 def test_training_after_a_failed_fit_is_as_if_we_had_never_been_there(entry: str) -> None:
     def again(added: list[Attached]) -> dict[str, torch.Tensor]:
         module = seeded(Classifier)
@@ -241,7 +241,7 @@ def test_training_after_a_failed_fit_is_as_if_we_had_never_been_there(entry: str
         trainer.fit(module, loader())
         return weights(module)
 
-    assert largest_difference(again(callbacks(entry)), again([])) == 0
+    assert largest_difference(again(together(entry)), again([])) == 0
 
 
 class FailsAsTeacher(Classifier):
@@ -265,7 +265,7 @@ def test_an_exception_in_a_teachers_forward_leaves_the_students_weights(entry: s
             before.append(weights(module))
 
     module = seeded(FailsAsTeacher, dropout=0.2, norm=True)
-    trainer = quiet_trainer([*callbacks(entry), Notes()])
+    trainer = quiet_trainer([*together(entry), Notes()])
     with suppress(RuntimeError):
         trainer.fit(module, loader())
     if module.failed:  # only terms that ask a teacher get there
@@ -281,7 +281,7 @@ def _statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if name.endswith(ours)}
 
 
-@every_entry
+@every_trained
 def test_a_module_can_be_copied_during_training(entry: str) -> None:
     """Tools that deep-copy the module in mid-training get one that is not attached."""
     copies: list[Classifier] = []
@@ -291,7 +291,7 @@ def test_a_module_can_be_copied_during_training(entry: str) -> None:
             copies.append(deepcopy(module))
 
     module = seeded(Classifier, dropout=0.2)
-    run(module, [*callbacks(entry), Copies()], None)
+    run(module, [*together(entry), Copies()], None)
     before, original = weights(copies[-1]), weights(module)
     quiet_trainer().fit(copies[-1], loader())
     assert not identical(weights(copies[-1]), before)

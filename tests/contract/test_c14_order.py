@@ -32,13 +32,13 @@ from tests.contract.models import Classifier
 from tests.contract.probe import Probe
 from tests.contract.training import (
     INERT,
-    callbacks,
-    every_entry,
+    every_trained,
     fit,
     identical,
     loader,
     optimizer_state,
     seeded,
+    together,
     weights,
 )
 
@@ -101,13 +101,13 @@ def test_any_order_of_our_callbacks_gives_the_same_training(
 
 
 @every_neighbour
-@every_entry
+@every_trained
 def test_before_or_after_lightnings_callbacks_is_the_same(
     tmp_path: Path, entry: str, neighbour: str
 ) -> None:
     make = theirs(tmp_path)[neighbour]
-    first = outcome([*callbacks(entry), make()], tmp_path)
-    last = outcome([make(), *reversed(callbacks(entry))], tmp_path)
+    first = outcome([*together(entry), make()], tmp_path)
+    last = outcome([make(), *reversed(together(entry))], tmp_path)
     assert identical(first, last)
 
 
@@ -127,7 +127,7 @@ def test_beside_lightnings_callbacks_weight_zero_still_changes_nothing(
     tmp_path: Path, entry: str, neighbour: str
 ) -> None:
     make = theirs(tmp_path)[neighbour]
-    ours = outcome([*callbacks(entry, 0.0), make()], tmp_path)
+    ours = outcome([*together(entry, 0.0), make()], tmp_path)
     assert identical(ours, outcome([make()], tmp_path))
 
 
@@ -145,7 +145,7 @@ def test_the_learning_rate_finder_moves_no_teacher_memory_or_schedule(
         return {"lr": module.lr, "weights": weights(module), "states": states}
 
     def added() -> list[Any]:
-        return [Probe(0.5)] if entry == "head" else list(callbacks(entry))
+        return [Probe(0.5)] if entry == "head" else list(together(entry))
 
     searched = run(0.05, added(), LearningRateFinder(num_training_steps=30, max_lr=0.3))
     assert searched["lr"] != 0.05

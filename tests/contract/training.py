@@ -47,6 +47,17 @@ PURE_TERMS = [
 INERT = [name for name, entry in ENTRIES.items() if entry.inert]
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES)
+# For themselves, or for others too.
+every_trained = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(name, marks=pytest.mark.stands_for(*PURE_TERMS))
+        if name == PURE_TERMS[0]
+        else name
+        for name in ENTRIES
+        if name not in PURE_TERMS[1:]
+    ],
+)
 every_term = pytest.mark.parametrize("entry", TERMS)
 every_per_sample_term = pytest.mark.parametrize("entry", PER_SAMPLE_TERMS)
 
