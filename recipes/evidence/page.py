@@ -77,7 +77,8 @@ def _summary(tasks: Sequence[Measured]) -> str:
         comparison was written down before it was run: settings are defaults of the class or of its
         paper, nothing was tuned on these tasks, and data and seeds are others than those of any
         other recipe. (Temperature and weight of self-distillation from a moving average are those
-        of another recipe, chosen on another draw of MNIST-1D.) So a method that needs tuning looks worse here than it can be, and a baseline
+        of another recipe, chosen on another draw of MNIST-1D.) So a method that needs tuning looks
+        worse here than it can be, and a baseline
         without early stopping worse than in practice. Of {len(verdicts)} comparisons {better} were
         better than their baseline by the metric that decides, {worse} worse, and in
         {len(verdicts) - better - worse} no difference was shown. Intervals are 95 % intervals of
