@@ -80,6 +80,10 @@ bench-divergences: $(STAMP) ## Measure divergences beside plain torch; writes do
 bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/benchmarks $(ARGS)
 
+.PHONY: evidence
+evidence: $(STAMP) ## Train the comparisons of docs/evidence.md (half an hour) and write the page
+	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.evidence --train
+
 .PHONY: clean
 clean: ## Remove the environment, the built site and the tools' caches
 	rm -rf .venv $(THIRD_PARTY) site build dist .mypy_cache .pytest_cache .ruff_cache
