@@ -8,6 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils.meta import get_data
 
 MARK = "<!-- list of cards -->"
 
@@ -27,12 +28,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Writes the list of cards, each with the first sentence under its title."""
+    """Writes the list of cards, each with its first sentence, its needs and its cost."""
     if MARK not in markdown:
         return markdown
     rows = []
     for path in cards(config):
-        title, _, text = path.read_text("utf-8").partition("\n")
+        text, front = get_data(path.read_text("utf-8"))
+        title, _, text = text.partition("\n")
         summary = text.strip().split("\n\n", 1)[0].replace("\n", " ")
-        rows.append(f"| [{title.removeprefix('# ')}]({path.name}) | {summary} |")
-    return markdown.replace(MARK, "\n".join(["| method | |", "|---|---|", *rows]))
+        needs, cost = (", ".join(front[key]) for key in ("needs", "cost"))
+        rows.append(f"| [{title.removeprefix('# ')}]({path.name}) | {summary} | {needs} | {cost} |")
+    head = ["| method | | needs | costs |", "|---|---|---|---|"]
+    return markdown.replace(MARK, "\n".join([*head, *rows]))

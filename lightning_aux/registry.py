@@ -21,6 +21,7 @@ from lightning_aux.attribute_schedules.dropout import DropoutSchedule, DropoutSc
 from lightning_aux.attribute_schedules.stochastic_depth import StochasticDepthSchedule
 from lightning_aux.averages import EMAWeights, ModelSoup, WiSEFT
 from lightning_aux.diagnostics.gradient_direction import GradientDirection
+from lightning_aux.diagnostics.gradient_monitor import GradientMonitor
 from lightning_aux.diagnostics.instability_monitor import InstabilityMonitor
 from lightning_aux.diagnostics.risk_coverage import RiskCoverage
 from lightning_aux.diagnostics.selective_classification import SelectiveClassification
@@ -70,6 +71,7 @@ __all__ = [
     "EarlyLearningRegularization",
     "FrozenTeacher",
     "GradientDirection",
+    "GradientMonitor",
     "InstabilityMonitor",
     "KnowledgeDistillation",
     "LabelSmoothing",
@@ -199,6 +201,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "selective_classification": Entry(lambda weight: [SelectiveClassification(ece=True)]),
     "instability_monitor": Entry(lambda weight: [InstabilityMonitor()]),
+    "gradient_monitor": Entry(lambda weight: [GradientMonitor(every=1)], sharded=False),
     "phases": Entry(lambda weight: [Phases("warmup: 3 steps, main: rest")]),
     "ema_anchor_output": Entry(
         lambda weight: [EMAAnchor(weight=weight, entropy=0.1, temperature=2.0, decay=0.9)],

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "run predict_step over the data",
     "teach": "write a teacher's logits for the training data to disk",
     "export": "write averaged weights as a plain checkpoint",
+    "list": "show what can be attached, what it needs and what it costs",
     "schedule": "show schedules as a chart and a picture, before they run",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
@@ -61,6 +62,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.teach import teach
 
             return teach(arguments[1:])
+        if command == "list":
+            from lightning_aux.cli.listing import listing
+
+            return listing(arguments[1:])
         if command == "schedule":
             from lightning_aux.cli.schedule import schedule
 

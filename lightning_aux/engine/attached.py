@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.step import Progress, Step
@@ -190,6 +191,14 @@ class Attached(Callback):
         """Look at a step that Lightning logs, and at the first, without a gradient.
 
         Called once the model has run, before any term is computed, and before `logged`.
+        """
+
+    def before_backward(self, loss: Tensor, terms: Mapping[str, Tensor | None]) -> None:
+        """Look at the user's loss and the weighted terms of its optimizer that are added to it.
+
+        Called in every step, before `logged`; in manual optimisation for every ``manual_backward``
+        that such a term joins. Gradients may be taken, with ``retain_graph=True``. All processes
+        are given the same names; a term that failed on this one is None.
         """
 
     def after_restart(self) -> None:

@@ -40,6 +40,7 @@ class Running:
         # By name already, which decides among equals.
         self._preparers = sorted(engine.overriding("before_step"), key=lambda each: each.turn)
         self._observers = engine.overriding("observe")
+        self._comparers = engine.overriding("before_backward")
         self._observed = False
         self._verdicts = Verdicts()
         # Sharded models communicate inside of a term: a process that fails there cannot go on to
@@ -214,11 +215,13 @@ class Running:
             for name, term in terms.items()
         }
         used = self._judged(active, judged, state, loss) if active else {}
-        total = loss
+        total, weighted = loss, dict[str, Tensor | None]()
         for objective in active:
             name = objective.name
             if name not in used:  # what it wanted to remember of this step goes with the term
                 values[f"aux/{name}/weight"] = 0.0
+                if weights[name] != 0.0 and terms[name] is None:
+                    weighted[name] = None
                 continue
             term = terms[name]
             assert term is not None, "one that failed is not used"
@@ -226,7 +229,12 @@ class Running:
             self._stepping.defer(objective.optimizer, acts[name])
             if weights[name] != 0.0:
                 self._check_depends(name, term, loss)
-                total = total + weights[name] * term
+                weighted[name] = added = weights[name] * term
+                total = total + added
+        for member in self._comparers:
+            own = {each.name for each in joining if each.optimizer == member.optimizer}
+            if own or self._module.automatic_optimization or not engine.objectives:
+                member.before_backward(loss, {k: v for k, v in weighted.items() if k in own})
         if engine.heads:
             total = total + engine.heads.zero_term(self._stepping.toggled)
         if logs:

@@ -99,8 +99,11 @@ class _Blocks(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated too
             mean = _plain(student, teacher, mask, ctx.dim, ctx.measure)
             (gradient,) = torch.autograd.grad(mean, student, outer, create_graph=True)
-        else:
+        elif student.dtype == torch.float16:
             _, gradient = _gradient(student, teacher, mask, ctx.dim, ctx.measure, outer)
+        else:  # of a graph that was retained: equal to the first gradient to the last bit
+            _, gradient = _gradient(student, teacher, mask, ctx.dim, ctx.measure)
+            gradient = _scaled_(gradient, outer, ctx.dim)
         return gradient, None, None, None, None
 
 

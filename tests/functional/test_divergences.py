@@ -168,6 +168,18 @@ def test_the_gradient_can_be_differentiated_again(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda s: divergence(s, teacher, 2.0, mask), (student,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_backwards_of_one_graph_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    """The factor is one that rounds."""
+    student, teacher = (each.detach().to(dtype) for each in logits(64, 10))
+    student.requires_grad_()
+    loss = 0.3 * DIVERGENCES[name](student, teacher)
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_f30_the_gradient_keeps_its_size_when_the_temperature_changes(name: str) -> None:
     student, teacher = logits(16, 10)
