@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "run predict_step over the data",
     "teach": "write a teacher's logits for the training data to disk",
     "export": "write averaged weights as a plain checkpoint",
+    "inspect": "show what can be attached to a model, and what the callbacks of a config would do",
     "schedule": "show schedules as a chart and a picture, before they run",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 when everything asked for was done, 1 when a run of `compare` failed,
+        or `inspect` found something that would fail,
         130 after Ctrl-C.
 
     Raises:
@@ -61,6 +63,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.teach import teach
 
             return teach(arguments[1:])
+        if command == "inspect":
+            from lightning_aux.cli.inspect import inspect
+
+            return inspect(arguments[1:])
         if command == "schedule":
             from lightning_aux.cli.schedule import schedule
 
