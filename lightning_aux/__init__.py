@@ -6,6 +6,7 @@ Callbacks for a Trainer, entries of a LightningCLI recipe, or mixins: one implem
 # Before anything here imports Lightning, which these two do not.
 from lightning_aux import functional, malicious_releases  # noqa: F401
 from lightning_aux.engine import AuxiliaryError, Pass, Progress, Step
+from lightning_aux.inspection import inspect
 from lightning_aux.mixin import AuxiliaryMixin
 from lightning_aux.registry import *  # noqa: F403 - the registry is the list of public classes
 from lightning_aux.registry import __all__ as _registered
@@ -22,5 +23,6 @@ __all__ = [
     "Schedule",
     "Step",
     "functional",
+    "inspect",
 ]
 __all__ += _registered

@@ -17,6 +17,7 @@ COMMANDS = {
     "teach": "write a teacher's logits for the training data to disk",
     "export": "write averaged weights as a plain checkpoint",
     "list": "show what can be attached, what it needs and what it costs",
+    "inspect": "show what can be attached to a model, and what the callbacks of a config would do",
     "schedule": "show schedules as a chart and a picture, before they run",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
@@ -30,6 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 when everything asked for was done, 1 when a run of `compare` failed,
+        or `inspect` found something that would fail,
         130 after Ctrl-C.
 
     Raises:
@@ -66,6 +68,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.listing import listing
 
             return listing(arguments[1:])
+        if command == "inspect":
+            from lightning_aux.cli.inspect import inspect
+
+            return inspect(arguments[1:])
         if command == "schedule":
             from lightning_aux.cli.schedule import schedule
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.cli import SaveConfigCallback
-
-from lightning_aux import AuxiliaryError
+from lightning_aux.cli.made import made_from
 from lightning_aux.teachers import teach as write_logits
 from lightning_aux.teachers.storage import STORAGES
 
@@ -28,7 +25,7 @@ def teach(args: Sequence[str]) -> int:
         AuxiliaryError: When the logits cannot be found or stored.
     """
     given = _parser().parse_args(args)
-    made = _made(given.config)
+    made = made_from(given.config, "teach")
     data = made.datamodule
     write_logits(
         made.trainer,
@@ -62,23 +59,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, help="default: that of the training dataloader")
     return parser
-
-
-def _made(config: Path) -> Any:
-    """The Trainer, the model and the data of a config, which log and save nothing."""
-    import yaml
-
-    from lightning_aux.cli.trainer_cli import AuxCLI
-    from lightning_aux.cli.yaml_keys import with_names_as_keys
-
-    if not config.is_file():
-        raise AuxiliaryError(f"teach: {str(config)!r} is not a file (looked in {Path.cwd()}).")
-    content = with_names_as_keys(yaml.safe_load(config.read_text()))
-    for key in ("ckpt_path", "weights_only"):  # of a training, in the config that it has saved
-        content.pop(key, None)
-    content["trainer"] = {**(content.get("trainer") or {}), "logger": False}
-    made = AuxCLI(args=content, run=False)
-    trainer: Any = made.trainer
-    kept = [each for each in trainer.callbacks if not isinstance(each, SaveConfigCallback)]
-    trainer.callbacks = kept
-    return made

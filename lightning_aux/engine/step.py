@@ -163,6 +163,11 @@ class Pass:
         return self._record.batch
 
     @property
+    def resolved(self) -> dict[Any, Any]:
+        """What has been looked up, by what it is and the tap; without it, it is looked up again."""
+        return self._record.resolved
+
+    @property
     def returned(self) -> Any:
         """What the model returned: the module's own ``forward``, or the submodule bound instead."""
         return self._origin.model_call.of(self._record, self._asked_by).returned
