@@ -78,8 +78,8 @@ MUTATIONS = [
         "C2",
         "a term counts 0.1 % too much",
         "engine/running.py",
-        "total = total + weights[name] * term",
-        "total = total + 1.001 * weights[name] * term",
+        "added = weights[name] * term",
+        "added = 1.001 * weights[name] * term",
         _contract(2),
     ),
     Mutation(
