@@ -328,6 +328,7 @@ class Remembering(Objective):
         if dim == 0:
             raise AuxiliaryError(f"{self.name}: dim=0 counts samples. Name that of the classes.")
         self.dim = dim
+        self.storage = storage
         self.memory = SampleMemory(storage, self.name)
 
     def classes_last(self, step: Step) -> Tensor:
