@@ -32,7 +32,8 @@ _STYLE = """
 .aux-inspection tr { background: none; }
 .aux-inspection th, .aux-inspection td { padding: .4rem .75rem .4rem 0; text-align: left;
   vertical-align: top; border: 0; border-bottom: 1px solid var(--faint); overflow-wrap: anywhere; }
-.aux-inspection thead th { color: var(--soft); font-size: .85rem; font-weight: 600; }
+.aux-inspection thead th { color: var(--soft); font-size: .85rem; font-weight: 600;
+  overflow-wrap: normal; }
 .aux-inspection tbody th { font-weight: 600; }
 .aux-inspection tbody tr:last-child > * { border-bottom: 0; }
 .aux-inspection .path { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
