@@ -107,14 +107,9 @@ class MultiTeacherDistillation(Objective):
 
     # ------------------------------------------------------------------------------- the head
     def build_head(self, module: nn.Module) -> nn.Module:
-        found = {path: self._width(path, module, path) for path in self.on}
-        return nn.ModuleList(
-            nn.ModuleList(
-                _projector(width, self.hidden or width, self._teacher_width(name, module))
-                for width in found.values()
-            )
-            for name in self.teachers
-        )
+        widths = [self._width(path, module, path) for path in self.on]
+        teachers = [self._teacher_width(name, module) for name in self.teachers]
+        return _Projectors(widths, self.hidden, teachers)
 
     def _teacher_width(self, name: str, module: nn.Module) -> int:
         teacher: Any = self.engine.teacher(name, self.name)
@@ -162,10 +157,11 @@ class MultiTeacherDistillation(Objective):
     def loss(self, step: Step) -> Tensor:
         taught = self._taught(step)
         student = [self._shaped(step.features(path), path) for path in self.on]
+        projected = self.head(*student)
         losses = torch.stack(
             [
-                feature_agreement(self._projected(student, projectors), target)
-                for projectors, target in zip(self.head, taught, strict=True)  # type: ignore[call-overload]
+                feature_agreement(each, target)
+                for each, target in zip(projected, taught, strict=True)
             ],
             dim=1,
         )
@@ -174,10 +170,6 @@ class MultiTeacherDistillation(Objective):
             for name, each, keep in zip(self.teachers, losses.detach().T, kept.T, strict=True):
                 self._noted |= {f"{name}_loss": each.mean(), f"{name}_kept": keep.mean()}
         return ((losses * kept).sum(1) / kept.sum(1)).mean()
-
-    def _projected(self, student: list[Tensor], projectors: Any) -> Tensor:
-        rungs = [project(each) for project, each in zip(projectors, student, strict=True)]
-        return torch.stack(rungs).sum(0) if len(rungs) > 1 else rungs[0]
 
     def _taught(self, step: Step) -> list[Tensor]:
         """The teachers' features, on one scale by what is known from the steps before."""
@@ -283,6 +275,26 @@ class _Scale:
             self._mean = torch.lerp(known[0], known[0] + shift, momentum)
             self._deviation = torch.lerp(known[1], deviation, momentum)
         self._sums = None
+
+
+class _Projectors(nn.Module):
+    """For each teacher a ladder: a projector from each of the student's layers, added up."""
+
+    def __init__(self, widths: list[int], hidden: int | None, teachers: list[int]) -> None:
+        super().__init__()
+        self.ladders = nn.ModuleList(
+            nn.ModuleList(_projector(width, hidden or width, outer) for width in widths)
+            for outer in teachers
+        )
+
+    def forward(self, *student: Tensor) -> list[Tensor]:
+        """The student's features as those of each teacher."""
+        found = []
+        for ladder in self.ladders:
+            rungs: Any = zip(ladder, student, strict=True)  # type: ignore[call-overload]
+            first, *rest = [project(each) for project, each in rungs]
+            found.append(sum(rest, start=first))
+        return found
 
 
 def _projector(inner: int, hidden: int, outer: int) -> nn.Module:

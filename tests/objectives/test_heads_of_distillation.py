@@ -61,7 +61,9 @@ def teachers() -> list[aux.FrozenTeacher]:
 def test_widths_are_those_of_the_layers_that_are_named() -> None:
     term = aux.MultiTeacherDistillation(["one", "two"], "encoder", {"one": "0", "two": "1"})
     fit(seeded(Classifier), [*teachers(), term], max_epochs=1)
-    shapes = [[(each[0].in_features, each[2].out_features) for each in row] for row in term.head]
+    shapes = [
+        [(each[0].in_features, each[2].out_features) for each in row] for row in term.head.ladders
+    ]
     assert shapes == [[(8, 16)], [(8, 12)]]
 
 

@@ -13,6 +13,7 @@ from tests.contract.strategies.jobs import (
     REFUSED,
     SICK_AT,
     SIZES,
+    added_for,
     different_sizes_in_turn,
     sickness_left_out,
 )
@@ -54,8 +55,8 @@ def test_what_needs_whole_parameters_says_so_before_training(
         noted = ended(place, f"refused {case}", rank)
         kind, message = noted["raised"]
         assert kind == "AuxiliaryError"
-        assert message.startswith(f"{case}: ")
-        assert "shards" in message
+        assert message.startswith(f"{added_for(case)[0].name}: ")
+        assert "shard" in message
         assert noted["global_step"] == 0
 
 
