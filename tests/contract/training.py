@@ -37,27 +37,25 @@ def is_pure(objective: Objective) -> bool:
 
 TERMS = [name for name, entry in ENTRIES.items() if entry.objective is not None]
 PER_SAMPLE_TERMS = [name for name in TERMS if ENTRIES[name].per_sample]
-# Terms of logits and labels alone. Where a training is expensive all of them train in one: what
-# is compared there holds for the sum of them and for what each of them logs.
-PURE_TERMS = [
-    name
-    for name in PER_SAMPLE_TERMS
-    if all(isinstance(each, Objective) and is_pure(each) for each in ENTRIES[name].make(1.0))
+# Where a training is expensive, these train in one: what is compared there holds for all of them
+# together and for what each of them logs and keeps.
+TOGETHER = [
+    # Terms of logits and labels alone.
+    [
+        name
+        for name in PER_SAMPLE_TERMS
+        if all(isinstance(each, Objective) and is_pure(each) for each in ENTRIES[name].make(1.0))
+    ],
+    # What neither adds a term nor changes the model: averages, teachers nobody asks, diagnostics.
+    [
+        name
+        for name, entry in ENTRIES.items()
+        if entry.objective is None and entry.inert and entry.sharded
+    ],
 ]
 INERT = [name for name, entry in ENTRIES.items() if entry.inert]
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES)
-# For themselves, or for others too.
-every_trained = pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(name, marks=pytest.mark.stands_for(*PURE_TERMS))
-        if name == PURE_TERMS[0]
-        else name
-        for name in ENTRIES
-        if name not in PURE_TERMS[1:]
-    ],
-)
 every_term = pytest.mark.parametrize("entry", TERMS)
 every_per_sample_term = pytest.mark.parametrize("entry", PER_SAMPLE_TERMS)
 
@@ -68,14 +66,27 @@ def callbacks(entry: str, weight: float | str = 0.5) -> list[Attached]:
 
 
 def shared(entry: str) -> str:
-    """The entry whose training stands for this one where pure terms train together."""
-    return PURE_TERMS[0] if entry in PURE_TERMS else entry
+    """The entry whose training stands for this one where several train together."""
+    return next((group[0] for group in TOGETHER if entry in group), entry)
 
 
 def together(entry: str, weight: float | str = 0.5) -> list[Attached]:
     """What is attached in the training of `shared(entry)`."""
-    names = PURE_TERMS if entry in PURE_TERMS else [entry]
+    names = next((group for group in TOGETHER if entry in group), [entry])
     return [each for name in names for each in callbacks(name, weight)]
+
+
+every_trained = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.stands_for(*group) for group in TOGETHER if group[0] == name],
+        )
+        for name in ENTRIES
+        if shared(name) == name
+    ],
+)
 
 
 def quiet_trainer(added: Sequence[L.Callback] = (), **arguments: Any) -> L.Trainer:
