@@ -6,7 +6,7 @@ The tests run some of the same functions in one process, for comparison.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,33 @@ def added_for(case: str, weight: float | str | None = None) -> list[Any]:
     return list(together(case, WEIGHT if weight is None else weight))
 
 
+@cache
+def bundles() -> list[list[str]]:
+    """All cases in few trainings: those that leave the model as it is, as long as names differ.
+
+    For a strategy that starts processes anew for every training.
+    """
+    found: list[list[str]] = []
+    taken: list[set[str]] = []
+    for case in TRAINED:
+        names = {each.name for each in with_companions(added_for(case))}
+        alone = case == HEAD or not ENTRIES[case].inert
+        fits = (i for i, each in enumerate(taken) if not alone and each and not each & names)
+        place = next(fits, None)
+        if place is None:
+            found.append([case])
+            taken.append(set() if alone else names)
+        else:
+            found[place].append(case)
+            taken[place] |= names
+    return found
+
+
+def bundle_of(case: str) -> list[str]:
+    """The cases that train together with this one."""
+    return next(each for each in bundles() if shared(case) in each)
+
+
 def has_teacher(case: str) -> bool:
     """Whether another set of weights of the model is held."""
     return any(map(holds_weights, with_companions(added_for(case))))
@@ -133,9 +160,9 @@ def jobs(place: Place, folder: Path) -> dict[str, Job]:
 
 
 # --------------------------------------------------------------------------------- whole trainings
-def trained(place: Place, case: str, variant: str) -> dict[str, Any]:
+def trained(place: Place, case: str, variant: str, *others: str) -> dict[str, Any]:
     model, options = VARIANTS[variant]
-    added = added_for(case)
+    added = [each for one in (case, *others) for each in added_for(one)]
     watch = Watch(added, states=variant in STATES, gradients=variant == "manual")
     rows = Rows()
     module, trainer = train(

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 
 from tests.contract.models import Classifier
-from tests.contract.strategies.jobs import TRAINED, WITHOUT, added_for
+from tests.contract.strategies.jobs import WITHOUT, added_for, bundles
 from tests.contract.strategies.places import Place, ddp, train, whole_weights
 from tests.contract.strategies.watching import Rows, Watch, heads, trace
 
@@ -48,8 +48,9 @@ class Writes(L.Callback):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    for case in [WITHOUT, *TRAINED]:
-        added, rows = added_for(case), Rows()
+    for bundle in [[WITHOUT], *bundles()]:
+        case = bundle[0]
+        added, rows = [each for one in bundle for each in added_for(one)], Rows()
         watch = Watch(added, states=True, gradients=False)
         writes = Writes(folder, case, added, watch, rows)
         try:

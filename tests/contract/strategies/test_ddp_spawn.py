@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from tests.contract.strategies import jobs, spawned
-from tests.contract.strategies.jobs import CASES, WITHOUT
+from tests.contract.strategies.jobs import CASES, WITHOUT, bundle_of, bundles, trained
 from tests.contract.strategies.matrix import (
     COMPARABLE,
     TOLERANCE,
     every_case,
     furthest,
-    in_one_process,
     replicated,
 )
-from tests.contract.training import identical, shared
+from tests.contract.strategies.places import PLACES
+from tests.contract.training import identical
 from tests.two_processes import run_script
 
 pytestmark = [
@@ -34,7 +35,7 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
     run_script(spawned.__file__, folder, timeout=400)
 
     def read(case: str, who: int | str) -> dict[str, Any]:
-        case = shared(case)
+        case = case if case == WITHOUT else bundle_of(case)[0]
         returned: Any = torch.load(folder / f"{case}.returned.pt", weights_only=True)
         if "error" in returned:
             pytest.fail(returned["error"])
@@ -45,9 +46,18 @@ def spawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read
 
 
+def bundle_in_one_process(entry: str) -> dict[str, Any]:
+    return _trained(*bundle_of(entry))
+
+
+@cache
+def _trained(case: str, *others: str) -> dict[str, Any]:
+    return trained(PLACES["ddp"].one_process, case, "sgd", *others)
+
+
 @pytest.mark.parametrize("entry", COMPARABLE)
 def test_two_half_batches_give_what_one_process_gets(spawn: Any, entry: str) -> None:
-    alone = in_one_process("ddp", entry, "sgd")
+    alone = bundle_in_one_process(entry)
     for part in ("weights", "head", "states"):
         assert furthest(spawn(entry, 0)[part], alone[part]) < TOLERANCE, part
     assert furthest(spawn(entry, "returned")["weights"], alone["weights"]) < TOLERANCE
@@ -64,7 +74,7 @@ def test_both_processes_end_with_the_same_bits(spawn: Any, entry: str) -> None:
 
 @every_case
 def test_what_is_logged_is_logged_as_in_one_process(spawn: Any, entry: str) -> None:
-    alone = in_one_process("ddp", entry, "sgd")["rows"]
+    alone = bundle_in_one_process(entry)["rows"]
     assert [sorted(row) for row in spawn(entry, 0)["rows"]] == [sorted(row) for row in alone]
 
 
@@ -77,3 +87,5 @@ def test_nothing_of_ours_remains(spawn: Any, entry: str, who: int | str) -> None
 
 def test_every_registry_entry_is_spawned() -> None:
     assert set(CASES) >= set(jobs.ENTRIES)
+    assert all(bundle_of(case) for case in CASES)
+    assert len(bundles()) < len(CASES) / 2
