@@ -141,6 +141,8 @@ MOVES = {
     "generations": [4],
     "self_distillation_js_correct": [],
     "another_module": [],
+    "knowledge_distillation": [],
+    "dual_head_distillation": [],
     "parameter_anchor_l2": [],
 }
 AVERAGED = [
@@ -149,6 +151,7 @@ AVERAGED = [
     "ema_anchor_weight",
     "self_distillation_kl",
     "self_distillation_features",
+    "multi_teacher_distillation",
 ]
 
 

@@ -147,6 +147,7 @@ def test_hyperparameters_are_every_init_argument_with_its_value() -> None:
         "half_life": None,
         "length": None,
         "lookahead": 0,
+        "offload": False,
     }
 
 
