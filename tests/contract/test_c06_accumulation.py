@@ -73,7 +73,9 @@ def test_windows_of_changing_size_equal_the_hand_written_term(entry: str) -> Non
 
     hand = run(seeded(HandWritten, reference(entry), 0.5), [], indexed=True)
     attached = run(seeded(Classifier), callbacks(entry), indexed=False)
-    assert largest_difference(attached, hand) < 1e-5
+    # A running deviation near zero, which it divides by, makes more of a rounding.
+    tolerance = 1e-5 if entry == "multi_teacher_distillation" else 1e-6
+    assert largest_difference(attached, hand) < tolerance
 
 
 class Trail(L.Callback):
