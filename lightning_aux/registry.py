@@ -294,10 +294,11 @@ ENTRIES: dict[str, Entry] = {
             EMATeacher(decay=0.9),
             MultiTeacherDistillation(
                 ["wide", "ema"],
-                ["encoder.0", "encoder"],
+                ["encoder", "head"],
                 {"wide": "1", "ema": "encoder"},
                 widths={"wide": 16},
                 hidden=4,
+                momentum=0.3,
                 weight=weight,
             ),
         ],

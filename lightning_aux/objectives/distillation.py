@@ -85,8 +85,10 @@ class Distillation(Objective):
             term = self._on_logits(step, teacher)
         else:
             term = self._on_features(step, teacher)
-        # (1 − w)·loss + w·term = loss + w·(term − loss)
-        return term - step.loss if self.blend else term
+        if not self.blend:
+            return term
+        # (1 − w)·loss + w·term = loss + w·(term − loss). A loss that overflows is the scaler's.
+        return term - torch.where(step.loss.isfinite(), step.loss, 0)
 
     def _on_logits(self, step: Step, teacher: Pass) -> Tensor:
         mask = step.mask

@@ -267,7 +267,8 @@ class _Scale:
         away, square = rest.chunk(2)
         shift = away / count
         variance = (square - count * shift.square()) / (count - 1).clamp_min(1)
-        deviation = variance.clamp_min(0).sqrt()
+        # One example alone says nothing of the scale.
+        deviation = torch.where(count > 1, variance.clamp_min(0).sqrt(), 1.0)
         known = self._known_on(shift.device)
         if known is None:
             self._mean, self._deviation = shift, deviation

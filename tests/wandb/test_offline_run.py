@@ -188,6 +188,9 @@ def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
     steps = EPOCHS * STEPS_PER_EPOCH
     assert [row["trainer/global_step"] for row in history] == list(range(1, steps, 2))
     promised = {"aux/main", "aux/total", "aux/dropout_schedule/p"}
+    promised |= {
+        f"aux/early_learning_regularization/{each}" for each in ("agreement", "label_agreement")
+    }
     promised |= {f"aux/{name}{end}" for name in TERMS for end in ("", "/weight")}
     for row in history:
         assert {key for key in row if key.startswith("aux/")} == promised
