@@ -9,6 +9,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is the same with 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, and room for pytest -n
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.support_matrix import SupportMatrix
 
@@ -59,3 +61,17 @@ def plain_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(**(quiet | arguments))
 
     return make
+
+
+_LOGGERS = ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
+_LEVELS = {name: logging.getLogger(name).level for name in _LOGGERS}
+
+
+@pytest.fixture(autouse=True)
+def _what_is_said_can_be_heard() -> None:
+    """Whatever a test before has silenced: loggers, or the process being the first."""
+    for name, level in _LEVELS.items():
+        logger = logging.getLogger(name)
+        logger.disabled = False
+        logger.setLevel(level)
+    rank_zero_only.rank = 0
