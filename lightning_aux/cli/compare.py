@@ -15,14 +15,24 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from lightning_aux.cli.figures import LIGHT, draw_curves, draw_differences, png
+from lightning_aux.cli.compare_file import read_comparison
 from lightning_aux.cli.progress import RunProgress
-from lightning_aux.cli.report import write_report
-from lightning_aux.cli.specification import Comparison, ComparisonError, read_comparison
-from lightning_aux.cli.summary import summarise, write_tables
 from lightning_aux.cli.table import result_table
 from lightning_aux.cli.trainer_cli import WandbMode
-from lightning_aux.cli.training_run import ERROR_FILE, RunResult, finished_result, run
+from lightning_aux.cli.training_run import run
+from lightning_aux.comparison import (
+    ERROR_FILE,
+    Comparison,
+    ComparisonError,
+    RunResult,
+    finished_result,
+    run_directory,
+    summarise,
+    write_comparison,
+    write_tables,
+)
+from lightning_aux.report.comparison_page import write_report
+from lightning_aux.report.figures import LIGHT, draw_curves, draw_differences, png
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
@@ -56,6 +66,7 @@ def compare(args: Sequence[str]) -> int:
             shutil.rmtree(directory / "runs", ignore_errors=True)
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
+        write_comparison(directory, comparison)
         results = _train(comparison, directory, options.wandb, console)
         _conclude(comparison, directory, results, console)
     except ComparisonError as error:
@@ -132,7 +143,7 @@ def _train(
     results: dict[tuple[str, int], RunResult] = {}
     for name, seed in order:
         fingerprint = comparison.variants[name].fingerprint(seed)
-        kept = finished_result(_run_directory(directory, name, seed), fingerprint)
+        kept = finished_result(run_directory(directory, name, seed), fingerprint)
         if kept is not None:
             results[name, seed] = kept
     pending = [pair for pair in order if pair not in results]
@@ -144,16 +155,12 @@ def _train(
     with RunProgress(console, pending, kept=len(results)) as progress:
         for name, seed in pending:
             progress.start()
-            where = _run_directory(directory, name, seed)
+            where = run_directory(directory, name, seed)
             result = run(comparison.variants[name], seed, where, wandb, progress.update)
             progress.finish(result, comparison.decides.metric)
             results[name, seed] = result
             _check_metrics(comparison, result)
     return [results[pair] for pair in order]
-
-
-def _run_directory(directory: Path, variant: str, seed: int) -> Path:
-    return directory / "runs" / variant / f"seed{seed}"
 
 
 def _check_metrics(comparison: Comparison, result: RunResult) -> None:
@@ -193,5 +200,5 @@ def _conclude(
     for row in summaries:
         for seed, error in row.errors.items():
             console.print(Text(f"{row.name}, seed {seed} failed: {error}", style="red"))
-            console.print(f"  {_run_directory(directory, row.name, seed) / ERROR_FILE}")
+            console.print(f"  {run_directory(directory, row.name, seed) / ERROR_FILE}")
     console.print(f"report: {directory / 'report.html'}")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from lightning_aux.cli.training_run import RunResult
+from lightning_aux.comparison import RunResult
 
 
 class RunProgress:

@@ -412,7 +412,7 @@ def _table(values: Sequence[float], horizon: Horizon, found: Mapping[int, str]) 
 
 def _picture(curves: Sequence[Curve], horizon: Horizon) -> bytes:
     """All schedules over one axis, with the borders of the phases."""
-    from lightning_aux.cli.figures import DASHES, LIGHT, WIDE, canvas, png
+    from lightning_aux.report.figures import DASHES, LIGHT, WIDE, canvas, png
 
     total, (unit, unit_name) = len(curves[0].values), _unit(horizon)
     names = [textwrap.fill(curve.name, 90) for curve in curves]

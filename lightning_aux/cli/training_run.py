@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
-import os
 import shutil
 import signal
 import statistics
@@ -15,7 +13,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_aux.cli.specification import Variant
 from lightning_aux.cli.trainer_cli import WANDB_LOGGER, AuxCLI, WandbMode
+from lightning_aux.comparison import ERROR_FILE, RunResult, Variant, write_result
 
-RESULT_FILE = "result.json"
-ERROR_FILE = "error.txt"
 # The first batches of a run allocate memory and fill caches.
 WARM_UP_BATCHES = 20
 _LOGGERS = (
@@ -38,41 +33,6 @@ _LOGGERS = (
 
 Watcher = Callable[[int, int, float], None]
 """Called with the epoch (from 0), the number of epochs (-1 when open) and the fraction done."""
-
-
-@dataclass
-class RunResult:
-    """What one run left behind, as it is kept in `result.json`.
-
-    Attributes:
-        variant: Name of the variant.
-        seed: The seed.
-        fingerprint: Digest of the config that was run.
-        metrics: Last value of everything logged in fit, and everything logged in test.
-        history: Everything logged, one entry per epoch, with the key `epoch`.
-        step_seconds: Median time of a training step, see `StepTimer`; None when the run was
-            shorter than the warm-up.
-        seconds: Wall-clock time of the run.
-        error: The exception in one line; None when the run finished.
-    """
-
-    variant: str
-    seed: int
-    fingerprint: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    step_seconds: float | None = None
-    seconds: float = 0.0
-    error: str | None = None
-
-
-def finished_result(directory: Path, fingerprint: str) -> RunResult | None:
-    """The kept result of a run with this very config, or None."""
-    try:
-        result = RunResult(**json.loads((directory / RESULT_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return result if result.fingerprint == fingerprint else None
 
 
 def run(
@@ -90,7 +50,7 @@ def run(
         watch: Told about the run's progress.
 
     Returns:
-        The result, which is in `result.json` too when the run finished.
+        The result, which is in `result.json` too.
 
     Raises:
         KeyboardInterrupt: When the user interrupts.
@@ -111,8 +71,7 @@ def run(
             _finish_wandb()
             gc.collect()
     result.seconds = time.perf_counter() - start
-    if result.error is None:
-        _write(directory / RESULT_FILE, result)
+    write_result(directory, result)
     return result
 
 
@@ -290,10 +249,3 @@ def _finish_wandb() -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()
-
-
-def _write(path: Path, result: RunResult) -> None:
-    """Write whole or not at all: an interrupted run must not look finished."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result), indent=1))
-    os.replace(temporary, path)

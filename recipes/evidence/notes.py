@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from lightning_aux.cli.statistics import PairedDifference, paired_difference
-from lightning_aux.cli.units import Unit
+from lightning_aux.comparison.statistics import PairedDifference, paired_difference
+from lightning_aux.report.units import Unit
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Metrics by variant, seed and name."""

@@ -3,9 +3,9 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from lightning_aux.cli.summary import VariantSummary
-from lightning_aux.cli.table import cells, value_and_difference
-from lightning_aux.cli.units import MISSING, Unit
+from lightning_aux.comparison import VariantSummary
+from lightning_aux.report.units import MISSING, Unit
+from lightning_aux.report.wording import cells, value_and_difference
 from recipes.evidence.results import Measured, machines, measured
 from recipes.evidence.tasks import SHARED, TASKS
 

@@ -15,9 +15,7 @@ import lightning
 import torch
 
 from lightning_aux.cli import main as lightning_aux
-from lightning_aux.cli.specification import Comparison
-from lightning_aux.cli.summary import VariantSummary, summarise
-from lightning_aux.cli.training_run import RunResult
+from lightning_aux.comparison import Comparison, RunResult, VariantSummary, summarise
 from recipes.evidence.notes import Values
 from recipes.evidence.tasks import Task
 

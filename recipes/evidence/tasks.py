@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_aux.cli.specification import Comparison, read_comparison
+from lightning_aux.cli.compare_file import read_comparison
+from lightning_aux.comparison import Comparison
 from recipes.evidence.notes import Values, rate_sensitivity, recovered_gap
 
 

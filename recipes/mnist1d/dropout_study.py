@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_aux as aux
-from lightning_aux.cli.statistics import paired_difference
+from lightning_aux.comparison.statistics import paired_difference
 from recipes.mnist1d import ConvClassifier, MNIST1DData
 
 SEEDS = (3, 4, 5, 6, 7)

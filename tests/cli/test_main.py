@@ -7,7 +7,7 @@ import yaml
 
 import lightning_aux
 from lightning_aux.cli import main
-from lightning_aux.cli.specification import read_comparison
+from lightning_aux.cli.compare_file import read_comparison
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))

@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from lightning_aux.cli import main
-from lightning_aux.cli.figures import LIGHT
 from lightning_aux.cli.schedule import HEIGHT, chart_rows, events
+from lightning_aux.report.figures import LIGHT
 from lightning_aux.schedule import Division, Horizon, Schedule
 
 EARLY = "early(0.1, until=50ep, shape=linear)"
@@ -289,7 +289,7 @@ def test_phase_borders_are_lines_in_the_picture(shown):
 def test_without_matplotlib_the_chart_is_there_and_a_hint(shown, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "lightning_aux.cli.figures")
+    monkeypatch.delitem(sys.modules, "lightning_aux.report.figures")
 
     class Missing:
         def find_spec(self, name, path=None, target=None):

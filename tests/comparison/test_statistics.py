@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from lightning_aux.cli.statistics import PairedDifference, paired_difference, spread, verdict
+from lightning_aux.comparison.statistics import PairedDifference, paired_difference, spread, verdict
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])

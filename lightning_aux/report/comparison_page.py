@@ -14,12 +14,10 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from lightning_aux.cli.figures import DARK, LIGHT, NARROW, WIDE, Theme, svg
-from lightning_aux.cli.specification import Comparison
-from lightning_aux.cli.summary import VariantSummary
-from lightning_aux.cli.table import cells
-from lightning_aux.cli.training_run import RunResult
-from lightning_aux.cli.units import Unit
+from lightning_aux.comparison import Comparison, RunResult, VariantSummary
+from lightning_aux.report.figures import DARK, LIGHT, NARROW, WIDE, Theme, svg
+from lightning_aux.report.units import Unit
+from lightning_aux.report.wording import cells
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1c2128; --faint: #d5d9e0;

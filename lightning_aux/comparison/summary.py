@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_aux.cli.specification import Comparison, Measure
-from lightning_aux.cli.statistics import (
+from lightning_aux.comparison.comparison import Comparison, Measure
+from lightning_aux.comparison.results import RunResult
+from lightning_aux.comparison.statistics import (
     PairedDifference,
     Verdict,
     paired_difference,
     spread,
     verdict,
 )
-from lightning_aux.cli.training_run import RunResult
 
 
 @dataclass(frozen=True)

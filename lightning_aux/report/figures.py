@@ -14,10 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_aux.cli.specification import Comparison
-from lightning_aux.cli.summary import VariantSummary
-from lightning_aux.cli.training_run import RunResult
-from lightning_aux.cli.units import Unit
+from lightning_aux.comparison import Comparison, RunResult, VariantSummary
+from lightning_aux.report.units import Unit
 
 mpl.use("Agg")
 
