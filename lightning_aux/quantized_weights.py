@@ -167,15 +167,7 @@ class QuantizedWeights(Attached):
         finally:
             self._stand_in.restore()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._finish()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._finish()
-
-    def _finish(self) -> None:
+    def end(self) -> None:
         self._stand_in.restore()
         self._patches.undo()
         self._buckets, self._listed = Buckets([], self.bucket), -1

@@ -138,7 +138,7 @@ class EMAWeights(Attached):
         files.export(checkpoint, out, teacher)
 
     # ------------------------------------------------------------------------------- evaluation
-    # The only member that acts outside of `fit` too, and so has hooks of its own.
+    # Acts outside of `fit` too, and so has hooks of its own.
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         others = [e for e in trainer.callbacks if isinstance(e, EMAWeights) and e is not self]
         if others:
@@ -173,15 +173,7 @@ class EMAWeights(Attached):
                 f"{self.teacher!r}, so its own weights are evaluated."
             )
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._finish()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._finish()
-
-    def _finish(self) -> None:
+    def end(self) -> None:
         store = self._store()
         if store is not None:  # Ctrl-C may have come while it was putting the weights back
             store.restore()

@@ -120,7 +120,7 @@ class SelectiveClassification(Attached):
             locations = self.locations.over(own[0].locations) if own else self.locations
             self._evaluation = Evaluation(trainer, module, locations, self.name, self._see)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self._evaluation is not None:
             self._evaluation.stop()
         self._evaluation = None
@@ -152,11 +152,3 @@ class SelectiveClassification(Attached):
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._log(trainer, pl_module, "test", len(trainer.num_test_batches))
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._end()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._end()

@@ -139,14 +139,15 @@ class Attached(Callback):
             self._engine.load(checkpoint)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._detach()
+        self._leave()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._detach()
+        self._leave()
 
-    def _detach(self) -> None:
+    def _leave(self) -> None:
         if self._engine is not None:
             self._engine.detach()
+        self.end()
 
     @property
     def engine(self) -> Engine:
@@ -219,7 +220,13 @@ class Attached(Callback):
         return {}
 
     def stop(self) -> None:
-        """Put everything of the user's back as it was."""
+        """Put everything of the user's back as it was; called when training ends."""
+
+    def end(self) -> None:
+        """Put back what hooks of its own have changed, in an evaluation outside of ``fit`` too.
+
+        Called when the Trainer is done or raises, after `stop` if it was training.
+        """
 
 
 def _plain(value: Any) -> Any:

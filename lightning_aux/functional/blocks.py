@@ -17,8 +17,8 @@ from torch.nn import Parameter
 
 from .precision import at_least_float32
 
-CPU_BLOCK = 2**16
-"""Elements of a block on the CPU: in float32 a few of that size fit into its cache."""
+CPU_BLOCK = 2**18
+"""Elements of a block on the CPU: in float32 a few of that size fit into its outer caches."""
 BLOCK = 2**24
 """Elements of a block elsewhere: enough for a GPU to forget that there are several."""
 

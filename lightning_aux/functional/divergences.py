@@ -153,14 +153,16 @@ def alpha_divergence(
     both = (alpha_min, alpha_max)
 
     def formula(log_q: Tensor, log_p: Tensor, classes: _Classes) -> Tensor:
-        low, high = (classes.total(_alpha_terms(log_q, log_p, each, clip)) for each in both)
+        q, p = (_Logged(log_q, log_q.exp()), _Logged(log_p, log_p.exp()))
+        low, high = (classes.total(_alpha_terms(q, p, each, clip)) for each in both)
         return torch.maximum(low, high)
 
     def slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
-        low, high = (classes.total(_alpha_terms(log_q, log_p, each, clip)) for each in both)
-        first, second = (_alpha_slope(log_q, log_p, each, clip) for each in both)
+        q, p = (_Logged(log_q, log_q.exp()), _Logged(log_p, log_p.exp()))
+        low, high = (classes.total(_alpha_terms(q, p, each, clip)) for each in both)
+        first, second = (_alpha_slope(q, p, each, clip) for each in both)
         slope = torch.where(classes.spread(low > high), first, second)
-        return torch.maximum(low, high), _through_softmax_(slope, log_q.exp_(), classes)[1]
+        return torch.maximum(low, high), _through_softmax_(slope, q.exp, classes)[1]
 
     return _mean(_of_predictions(formula, slopes), student, teacher, temperature, mask, dim, binary)
 
@@ -407,38 +409,45 @@ def _tv_slopes(q: Tensor, p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]
     return values, _through_softmax_(difference.sign_().mul_(q), q, classes)[1]
 
 
-def _alpha_terms(log_q: Tensor, log_p: Tensor, alpha: float, clip: float) -> Tensor:
+class _Logged(NamedTuple):
+    """Probabilities with their logarithms."""
+
+    log: Tensor
+    exp: Tensor
+
+
+def _alpha_terms(q: _Logged, p: _Logged, alpha: float, clip: float) -> Tensor:
     if alpha in (0, 1):
-        log_a, log_b = (log_p, log_q) if alpha else (log_q, log_p)
-        return _product(log_a.exp(), log_a - log_b)
+        a, b = (p, q) if alpha else (q, p)
+        return _product(a.exp, a.log - b.log)
     # D_α(p‖q) = D_{1−α}(q‖p): the exponent of at most ½ loses no digits near α = 0 and 1.
-    log_a, log_b, power = (log_q, log_p, alpha) if alpha < 0.5 else (log_p, log_q, 1 - alpha)
-    a = log_a.exp()
-    log_ratio = torch.where(a > 0, log_b - log_a, 0)
+    a, b, power = (q, p, alpha) if alpha < 0.5 else (p, q, 1 - alpha)
+    log_ratio = torch.where(a.exp > 0, b.log - a.log, 0)
     if power >= 0 or clip == math.inf:
-        return a * torch.expm1(power * log_ratio) / (alpha * (alpha - 1))
+        return a.exp * torch.expm1(power * log_ratio) / (alpha * (alpha - 1))
     border = math.log(clip) / abs(alpha)  # where (p/q)^α = clip
-    until = a * torch.expm1(power * log_ratio.clamp_min(-border)) / (alpha * (alpha - 1))
+    until = a.exp * torch.expm1(power * log_ratio.clamp_min(-border)) / (alpha * (alpha - 1))
     if alpha < 0:  # a = q is too large for b = p
-        return until + clip / (1 - alpha) * relu(a - (log_b + border).exp())
-    return until + clip / alpha * relu((log_a - border).exp() - log_b.exp())
+        return until + clip / (1 - alpha) * relu(a.exp - (b.log + border).exp())
+    return until + clip / alpha * relu((a.log - border).exp() - b.exp)
 
 
-def _alpha_slope(log_q: Tensor, log_p: Tensor, alpha: float, clip: float) -> Tensor:
+def _alpha_slope(q: _Logged, p: _Logged, alpha: float, clip: float) -> Tensor:
     """q·∂D_α/∂q up to a multiple of q, which a softmax does not see."""
-    q, p = log_q.exp(), log_p.exp()
+    if alpha == 1:
+        return p.exp.neg()
     if alpha > 0.5:  # −q·(p/q)^α/α
-        log_ratio = torch.where(p > 0, log_p - log_q, 0)
-        weighted = p.mul_(log_ratio.mul_(alpha - 1).exp_())
+        log_ratio = torch.where(p.exp > 0, p.log - q.log, 0)
+        weighted = log_ratio.mul_(alpha - 1).exp_().mul_(p.exp)
         if alpha > 1 and clip < math.inf:
-            weighted = torch.minimum(weighted, q.mul_(clip))
+            weighted = torch.minimum(weighted, q.exp * clip)
         return weighted.div_(-alpha)
-    log_ratio = torch.where(q > 0, log_p - log_q, 0)
+    log_ratio = torch.where(q.exp > 0, p.log - q.log, 0)
     if alpha == 0:
-        return log_ratio.mul_(q).neg_()
+        return log_ratio.mul_(q.exp).neg_()
     if alpha < 0 and clip < math.inf:
         log_ratio.clamp_min_(math.log(clip) / alpha)
-    return log_ratio.mul_(alpha).expm1_().mul_(q).div_(-alpha)  # −q·((p/q)^α − 1)/α
+    return log_ratio.mul_(alpha).expm1_().mul_(q.exp).div_(-alpha)  # −q·((p/q)^α − 1)/α
 
 
 def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
@@ -449,8 +458,13 @@ def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
         return (finite(student) - finite(teacher)).square().mean(dim)
 
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if student.device.type == "cpu":  # elsewhere looking for NaN would wait for the device
+            d = student - teacher
+            squares = torch.linalg.vector_norm(d, dim=dim).square_()
+            if not squares.isnan().any():
+                return squares, d
         d = finite(student).sub_(finite(teacher))
-        return d.square().sum(dim), d
+        return torch.linalg.vector_norm(d, dim=dim).square_(), d
 
     return Measure(values, slopes, 1 / classes, 2 / classes)
 

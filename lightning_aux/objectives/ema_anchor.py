@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -77,8 +78,10 @@ class EMAAnchor(Objective):
             raise AuxiliaryError(
                 f"{self.name}: {of_outputs} needs outputs. Leave it out or use space='output'."
             )
-        if temperature <= 0:
-            raise AuxiliaryError(f"{self.name}: temperature={temperature} must be positive.")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise AuxiliaryError(
+                f"{self.name}: temperature={temperature} must be positive and finite."
+            )
         self.space = space
         self.entropy = entropy
         self.temperature = temperature

@@ -137,7 +137,10 @@ def test_a_loss_scaler_saves_gradients_that_float16_could_not_hold(name: str) ->
 # ---------------------------------------------------------------------------------------- memory
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_memory_is_one_gradient_and_a_few_blocks(name: str, dtype: torch.dtype) -> None:
+def test_memory_is_one_gradient_and_a_few_blocks(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 2**16)
     shape, a_few = (64, 20_000), 11 * 4 * blocks.CPU_BLOCK
     student, teacher = (z.detach().to(dtype) for z in pair(*shape, dtype=torch.float32))
 

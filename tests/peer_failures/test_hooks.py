@@ -20,9 +20,9 @@ from tests.engine.small_models import Blind
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning.pytorch")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_collections() -> Iterator[None]:
-    """What was there before the test is not looked through at every collection."""
+    """What was there before these tests is not looked through at every collection."""
     gc.collect()
     gc.freeze()
     yield
