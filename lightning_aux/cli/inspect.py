@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_aux import inspect as look_at
 from lightning_aux.cli.made import made_from
+from lightning_aux.cli.terminal import terminal
 from lightning_aux.inspection import Inspection
 from lightning_aux.inspection.sections import Section, headline, sections
 
@@ -40,7 +41,7 @@ def inspect(args: Sequence[str]) -> int:
     """
     given = _parser().parse_args(args)
     found = inspected(given.config, given.steps)
-    show(found, Console())
+    show(found, terminal(120))
     if given.html is not None:
         given.html.write_text(found.html(), encoding="utf-8")
         print(f"wrote {given.html}")

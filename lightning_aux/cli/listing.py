@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lightning_aux import AuxiliaryError
 from lightning_aux.cli.catalogue import COSTS, NEEDS, Method, catalogue, method
+from lightning_aux.cli.terminal import terminal
 from lightning_aux.engine.errors import near_matches
 
 __all__ = ["listing"]
@@ -34,7 +35,7 @@ def listing(args: Sequence[str]) -> int:
         AuxiliaryError: For a need or a method that does not exist; near matches are named.
     """
     given = _parser().parse_args(args)
-    console = Console(highlight=False)
+    console = terminal()
     if given.show is not None:
         shown = method(given.show)
         if given.json:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,21 @@ def made_from(config: Path, asked_by: str) -> Any:
     for key in ("ckpt_path", "weights_only"):  # of a training, in the config that it has saved
         content.pop(key, None)
     content["trainer"] = {**(content.get("trainer") or {}), "logger": False}
-    made = AuxCLI(args=content, run=False)
+    with _no_news():
+        made = AuxCLI(args=content, run=False)
     trainer: Any = made.trainer
     kept = [each for each in trainer.callbacks if not isinstance(each, SaveConfigCallback)]
     trainer.callbacks = kept
     return made
+
+
+@contextlib.contextmanager
+def _no_news() -> Iterator[None]:
+    """Without what Lightning says of devices and seeds when a Trainer is made; warnings stay."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -131,4 +131,15 @@ class Distillation(Objective):
                     f"Name a module that returns one tensor, or pick it: on=lambda p: "
                     f"p.features()[0] with taps=Taps(features={path!r})."
                 )
-        return torch.stack([distance(student[path], taught[path]) for path in student]).mean()
+        each = [
+            distance(output, taught[path], _of_positions(step.mask, output))
+            for path, output in student.items()
+        ]
+        return torch.stack(each).mean()
+
+
+def _of_positions(mask: Tensor | None, features: Tensor) -> Tensor | None:
+    """The mask, where it is one of the examples or positions that these features have."""
+    if mask is None or mask.ndim >= features.ndim or mask.shape != features.shape[: mask.ndim]:
+        return None
+    return mask

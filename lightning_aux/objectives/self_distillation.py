@@ -25,7 +25,8 @@ class SelfDistillation(Distillation):
     2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2; with an EMA
     teacher Tarvainen & Valpola 2017, arXiv:1703.01780; ``"alpha"`` Wang et al. 2021,
     arXiv:2102.07954), summed over classes and averaged over examples; every position of a sequence
-    or an image is one. On features the distance between the outputs of one module.
+    or an image is one. On features the distance between the outputs of one module; what
+    ``Taps(mask=...)`` leaves out does not count where they have its dimensions and more.
 
     Args:
         teacher: name of a teacher among the Trainer's callbacks.

@@ -27,8 +27,7 @@ NOT_MEASURED = """## Not measured
 
 - What the papers did at their scale; nothing here says anything about it. Learning from weak labels
   in particular is about pre-trained models, and these begin from nothing.
-- Digits with 60 % wrong labels; weights of `SpectralDecoupling` as small as the authors' 2e-5.
-- Distilled quantised networks, ELR+ (two networks, mixup), teachers of different tasks for images,
+- ELR+ (two networks, mixup), teachers of different tasks for images,
   distillation of language models.
 - The conflict of gradients that `DualHeadDistillation` is there to avoid, and the sharpness that
   voting teachers are said to reduce.

@@ -66,10 +66,25 @@ def _half(name: str, classes: list[int]) -> dict[str, Sequence[str]]:
     return _teacher(name, f"--data.init_args.classes={classes}", named)
 
 
+def _quantized(bits: int) -> Task:
+    named = "2 bits" if bits == 2 else "1 bit"
+    callbacks = [{"class_path": "QuantizedWeights", "init_args": {"bits": bits}}]
+    return Task(
+        f"digits_quantized_{bits}",
+        f"digits, weights of {named}",
+        "recipes/digits/quantized_distillation.yaml",
+        {} if bits == 2 else {"trainer.callbacks": callbacks},
+        before={
+            "runs/digits/teacher/wide.ckpt": ("fit", "--config", "recipes/digits/teacher.yaml")
+        },
+        apart=("full_precision",),
+    )
+
+
 # These have methods in common, and are compared at a glance.
 SHARED = (
     *(_noise("MNIST-1D", percent) for percent in (20, 40, 60)),
-    *(_noise("digits", percent) for percent in (20, 40)),
+    *(_noise("digits", percent) for percent in (20, 40, 60)),
     Task("digits_few_labels", "digits, 100 labels", "recipes/digits/few_labels.yaml"),
     Task("mnist1d_calibration", "MNIST-1D, calibration", "recipes/mnist1d/calibration.yaml"),
 )
@@ -82,6 +97,7 @@ TASKS = (
         before=_teacher("all") | _half("low", [0, 1, 2, 3, 4]) | _half("high", [5, 6, 7, 8, 9]),
         apart=("wide",),
     ),
+    *(_quantized(bits) for bits in (2, 1)),
     Task(
         "digits_weak_supervisor",
         "digits, weak supervisor",

@@ -60,3 +60,43 @@ def test_bad_input_is_named(name: str) -> None:
         FEATURE_DISTANCES[name](torch.zeros(0, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match=r"\(batch, …\)"):
         feature_cosine(torch.zeros(3), torch.zeros(3))
+
+
+WEIGHTS = {
+    "examples": [1.0, 0.0, 0.5],
+    "positions": [[1.0, 0.0, 0.5, 1.0], [0.0] * 4, [1.0, 1.0, 0.0, 0.25]],
+}
+
+
+@pytest.mark.parametrize("of", list(WEIGHTS))
+def test_a_mask_equals_a_loop_over_what_counts(of: str) -> None:
+    student, teacher = features(3, 4, 5)
+    mask = torch.tensor(WEIGHTS[of], dtype=torch.float64)
+    per_position = mask.reshape(3, -1).expand(3, 4).numpy()
+    squares, angles = 0.0, 0.0
+    for s, t, weights in zip(student.detach().numpy(), teacher.numpy(), per_position, strict=True):
+        squares += sum(w * ((a - b) ** 2).mean() for a, b, w in zip(s, t, weights, strict=True)) / 4
+        dot, of_s, of_t = (
+            sum(w * (a @ b) for a, b, w in zip(x, y, weights, strict=True))
+            for x, y in ((s, t), (s, s), (t, t))
+        )
+        if weights.any():
+            angle = 1 - dot / (of_s**0.5 * of_t**0.5)
+            angles += angle * (weights[0] if of == "examples" else 1)
+    with torch.no_grad():  # what is left out may hold anything
+        holes = mask == 0
+        student[holes], teacher[holes] = torch.nan, torch.inf
+    assert feature_mse(student, teacher, mask).item() == pytest.approx(squares / 3)
+    assert feature_cosine(student, teacher, mask).item() == pytest.approx(angles / 3)
+    (feature_mse(student, teacher, mask) + feature_cosine(student, teacher, mask)).backward()
+    assert student.grad is not None
+    assert student.grad[holes].count_nonzero() == 0
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(FEATURE_DISTANCES))
+def test_a_mask_of_another_shape_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"features \(2, 3, 4\), not the shape \(3,\)"):
+        FEATURE_DISTANCES[name](torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(3))
+    with pytest.raises(ValueError, match=r"features \(2, 3\), not the shape \(2, 3\)"):
+        FEATURE_DISTANCES[name](torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3))

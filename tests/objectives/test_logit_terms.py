@@ -89,6 +89,14 @@ TAUGHT = {
         aux.RandomTeacher(init="shuffle"),
         aux.SelfDistillation("random"),
     ],
+    "features": lambda: [
+        aux.RandomTeacher(init="shuffle"),
+        aux.SelfDistillation("random", on="embedding", divergence="mse"),
+    ],
+    "features_cosine": lambda: [
+        aux.RandomTeacher(init="shuffle"),
+        aux.SelfDistillation("random", on="embedding", divergence="cosine"),
+    ],
     "ema_anchor": lambda: [aux.EMAAnchor(decay=0.5, entropy=0.1)],
     "early_learning": lambda: [aux.EarlyLearningRegularization()],
     "progressive": lambda: [aux.ProgressiveSelfDistillation(weight=0.5)],
