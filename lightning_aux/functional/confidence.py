@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
+from .divergences import entropy
 from .examples import checked_dim, expected, labelled, prepared
 
 __all__ = ["confidence_penalty", "confidences", "confident_labels", "coverage_loss"]
@@ -36,25 +37,23 @@ def confidence_penalty(
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
     """
+    if threshold is None:
+        return -entropy(logits, mask=mask, dim=dim)
     dim = checked_dim(logits, mask, dim)
-    limit = math.inf if threshold is None else threshold
 
     def values(z: Tensor, _: Tensor) -> Tensor:
         log_q = torch.log_softmax(z, dim)
         q = log_q.exp()
-        negative = (q * torch.where(q > 0, log_q, 0)).sum(dim)
-        return negative if threshold is None else (threshold + negative).clamp_min(0)
+        return (threshold + (q * torch.where(q > 0, log_q, 0)).sum(dim)).clamp_min(0)
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         log_q = torch.log_softmax(z, dim)
         q = log_q.exp()
         terms = torch.where(q > 0, log_q, 0).mul_(q)
         negative = terms.sum(dim, keepdim=True)
-        slope = terms.sub_(q.mul_(negative))
-        negative = negative.squeeze(dim)
-        if threshold is None:
-            return negative, slope
-        return (limit + negative).clamp_min(0), slope.mul_((-negative < limit).unsqueeze(dim))
+        below = -negative < threshold
+        slope = terms.sub_(q.mul_(negative)).mul_(below)
+        return (threshold + negative.squeeze(dim)).clamp_min(0), slope
 
     return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))
 
