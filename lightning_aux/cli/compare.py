@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_aux.cli.compare_file import read_comparison
+from lightning_aux.cli.processes import train_in_processes
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.table import result_table
-from lightning_aux.cli.trainer_cli import WandbMode
-from lightning_aux.cli.training_run import run
+from lightning_aux.cli.training_run import TrainingRun
 from lightning_aux.comparison import (
     ERROR_FILE,
     Comparison,
@@ -33,6 +34,7 @@ from lightning_aux.comparison import (
 )
 from lightning_aux.report.comparison_page import write_report
 from lightning_aux.report.figures import LIGHT, draw_curves, draw_differences, png
+from lightning_aux.report.wording import remarks
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
@@ -51,10 +53,12 @@ def compare(args: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(args)
+    if options.cluster_set and options.cluster is None:
+        parser.error("--cluster-set says how jobs are submitted: name a cluster with --cluster.")
     console = _console()
     try:
         comparison = read_comparison(
-            options.config, options.seeds, options.epochs, dict(options.set)
+            options.config, options.seeds, options.epochs, dict(options.set), options.only
         )
         if not console.is_terminal:
             console.width += 20 * len(comparison.also)
@@ -62,12 +66,10 @@ def compare(args: Sequence[str]) -> int:
             options.output
             or Path("runs") / options.config.resolve().parent.name / options.config.stem
         )
-        if options.fresh:
-            shutil.rmtree(directory / "runs", ignore_errors=True)
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
         write_comparison(directory, comparison)
-        results = _train(comparison, directory, options.wandb, console)
+        results = _train(comparison, directory, options, console)
         _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -88,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="folder of all output (runs/<folder>/<name of the file>)"
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this variant and the one that is compared with, a pattern such as 'kd-*' for several;"
+        " may be repeated",
+    )
     parser.add_argument("--seeds", type=_integers, help="instead of the file's, e.g. 0,1,2")
     parser.add_argument("--epochs", type=int, help="instead of the config's trainer.max_epochs")
     parser.add_argument(
@@ -104,10 +114,40 @@ def _parser() -> argparse.ArgumentParser:
         default="off",
         help="log every run to Weights & Biases too (%(default)s)",
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--jobs",
+        type=_at_least_one,
+        default=1,
+        metavar="N",
+        help="how many runs are trained at once on this machine (%(default)s); times per step are "
+        "rougher then",
+    )
+    where.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        help="train every run as a job, through submitit: of Slurm, or to try it out as processes "
+        "of this machine, or in this process",
+    )
+    parser.add_argument(
+        "--cluster-set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of submitit's AutoExecutor, e.g. timeout_min=60, slurm_partition=gpu, "
+        "gpus_per_node=1, cpus_per_task=4; may be repeated",
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="run everything again, e.g. when code has changed"
     )
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text!r}")
+    return int(text)
 
 
 def _integers(text: str) -> list[int]:
@@ -132,35 +172,49 @@ def _setting(text: str) -> tuple[str, Any]:
 def _console() -> Console:
     """The terminal; a file or a pipe has no width of its own and gets one that fits the table."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=110)
+    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def _train(
-    comparison: Comparison, directory: Path, wandb: WandbMode, console: Console
+    comparison: Comparison, directory: Path, options: argparse.Namespace, console: Console
 ) -> list[RunResult]:
     """All results, kept ones included. Seeds outside, so that variants share slow periods."""
-    order = [(name, seed) for seed in comparison.seeds for name in comparison.variants]
+    runs = [
+        TrainingRun(variant, seed, run_directory(directory, name, seed), options.wandb)
+        for seed in comparison.seeds
+        for name, variant in comparison.variants.items()
+    ]
+    if options.fresh:
+        for run in runs:
+            run.clear()
     results: dict[tuple[str, int], RunResult] = {}
-    for name, seed in order:
-        fingerprint = comparison.variants[name].fingerprint(seed)
-        kept = finished_result(run_directory(directory, name, seed), fingerprint)
+    for run in runs:
+        kept = finished_result(run.directory, run.fingerprint)
         if kept is not None:
-            results[name, seed] = kept
-    pending = [pair for pair in order if pair not in results]
+            results[run.variant.name, run.seed] = kept
+    pending = [run for run in runs if (run.variant.name, run.seed) not in results]
     if results:
         console.print(
-            f"{len(results)} of {len(order)} runs were finished before and are kept; "
+            f"{len(results)} of {len(runs)} runs were finished before and are kept; "
             "--fresh runs them again."
         )
-    with RunProgress(console, pending, kept=len(results)) as progress:
-        for name, seed in pending:
-            progress.start()
-            where = run_directory(directory, name, seed)
-            result = run(comparison.variants[name], seed, where, wandb, progress.update)
+    at_once = min(options.jobs, len(pending)) or 1
+    alone = at_once == 1 if options.cluster is None else options.cluster == "debug"
+    pending = [replace(run, alone=alone) for run in pending]
+    progress = RunProgress(console, pending, kept=len(results), at_once=at_once)
+    if options.cluster is None:
+        ending = train_in_processes(pending, at_once, progress)
+    else:
+        from lightning_aux.cli.cluster import Cluster
+
+        cluster = Cluster(options.cluster, dict(options.cluster_set), directory / "jobs")
+        ending = cluster.train(pending, adopt=not options.fresh, progress=progress)
+    with progress, contextlib.closing(ending):
+        for result in ending:
             progress.finish(result, comparison.decides.metric)
-            results[name, seed] = result
+            results[result.variant, result.seed] = result
             _check_metrics(comparison, result)
-    return [results[pair] for pair in order]
+    return [results[run.variant.name, run.seed] for run in runs]
 
 
 def _check_metrics(comparison: Comparison, result: RunResult) -> None:
@@ -197,6 +251,8 @@ def _conclude(
     )
     console.print()
     console.print(result_table(comparison, summaries))
+    for remark in remarks(results):
+        console.print(remark)
     for row in summaries:
         for seed, error in row.errors.items():
             console.print(Text(f"{row.name}, seed {seed} failed: {error}", style="red"))

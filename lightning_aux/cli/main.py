@@ -132,6 +132,9 @@ def _missing_package_hint(command: str, package: str) -> str | None:
         return f"needs the package '{root}': pip install 'jsonargparse[signatures]' rich"
     if root in ("matplotlib", "scipy"):
         return f"{command} needs the package '{root}': pip install 'lightning-aux[recipes]'"
+    if root == "submitit":
+        install = "pip install 'lightning-aux[cluster]'"
+        return f"{command} --cluster needs the package 'submitit': {install}"
     return None
 
 

@@ -1,36 +1,53 @@
-"""What `compare` shows while it trains: runs done, the current run and its epoch, time left."""
+"""What `compare` shows while it trains: runs done, those that are running, time left."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from lightning_aux.cli.training_run import TrainingRun
 from lightning_aux.comparison import RunResult
+
+_Key = tuple[str, int]
+
+
+@dataclass
+class _Shown:
+    task: TaskID
+    started: float
+    fraction: float = 0.0
 
 
 class RunProgress:
-    """A bar over all runs on a terminal; elsewhere one line per finished run.
+    """A bar over all runs and one for each that is running, on a terminal; elsewhere a line per
+    finished run.
 
     Args:
         console: Where to write.
-        pending: `(variant, seed)` of every run that will be trained, in order.
+        pending: Every run that will be trained.
         kept: Number of runs that were finished before.
+        at_once: How many are trained at a time.
     """
 
-    def __init__(self, console: Console, pending: list[tuple[str, int]], kept: int) -> None:
+    def __init__(
+        self, console: Console, pending: Sequence[TrainingRun], kept: int, at_once: int = 1
+    ) -> None:
         self.console = console
-        self.pending = list(pending)
-        self.kept = kept
+        self.waiting = [(run.variant.name, run.seed) for run in pending]
+        self.running: dict[_Key, _Shown] = {}
+        self.at_once = at_once
+        self.done = kept
         self.total = kept + len(pending)
         self.durations: list[tuple[str, float]] = []
-        self.started = time.monotonic()
         self.bar = Progress(
-            TextColumn("[bold]{task.completed:.0f}/{task.total:.0f} runs"),
             BarColumn(bar_width=20),
             TextColumn("{task.description}"),
             console=console,
@@ -38,7 +55,7 @@ class RunProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task: TaskID = self.bar.add_task("", total=self.total, completed=kept)
+        self.task = self.bar.add_task("", total=self.total, completed=kept)
 
     def __enter__(self) -> RunProgress:
         self.bar.start()
@@ -52,54 +69,75 @@ class RunProgress:
     ) -> None:
         self.bar.stop()
 
-    def start(self) -> None:
-        """The next pending run begins."""
-        self.started = time.monotonic()
-        self.update(0, -1, 0.0)
+    def start(self, run: TrainingRun) -> None:
+        """A run begins."""
+        key = (run.variant.name, run.seed)
+        self.waiting.remove(key)
+        self.running[key] = _Shown(self.bar.add_task("", total=1.0), time.monotonic())
+        self.update(run, 0, -1, 0.0)
 
-    def update(self, epoch: int, epochs: int, fraction: float) -> None:
-        """The current run is in `epoch` (from 0) of `epochs`, `fraction` of its steps done."""
-        variant, seed = self.pending[0]
-        shown = f"{epoch + 1}/{epochs}" if epochs > 0 else f"{epoch + 1}"
-        left = self.seconds_left(fraction)
-        self.bar.update(
-            self.task,
-            description=f"{variant} · seed {seed} · epoch {shown} · {_duration(left)} left",
-        )
+    def update(self, run: TrainingRun, epoch: int, epochs: int, fraction: float) -> None:
+        """A run is in `epoch` (from 0) of `epochs`, `fraction` of its steps done."""
+        shown = self.running[run.variant.name, run.seed]
+        shown.fraction = fraction
+        of = f"/{epochs}" if epochs > 0 else ""
+        said = f"{run.variant.name} · seed {run.seed} · epoch {epoch + 1}{of}"
+        self.bar.update(shown.task, description=said, completed=fraction)
+        self.say(f"{_duration(self.seconds_left())} left")
+
+    def say(self, text: str) -> None:
+        """Show a text beside the number of finished runs."""
+        said = f"[bold]{self.done}/{self.total} runs[/bold] · {text}"
+        self.bar.update(self.task, description=said, completed=self.done)
 
     def finish(self, result: RunResult, metric: str) -> None:
-        """The current run is over: one line about it stays."""
-        variant, seed = self.pending.pop(0)
-        self.durations.append((variant, result.seconds))
-        done = self.total - len(self.pending)
-        value = result.metrics.get(metric)
-        said = f"{metric} {value:.4g}" if value is not None else f"failed: {result.error}"
-        self.bar.update(self.task, completed=done)
-        left = f", {_duration(self.seconds_left(0.0))} left" if self.pending else ""
-        line = f"{done:>3}/{self.total}  {variant} · seed {seed}  {said}"
+        """A run is over: one line about it stays."""
+        key = (result.variant, result.seed)
+        if (shown := self.running.pop(key, None)) is not None:
+            self.bar.remove_task(shown.task)
+        else:
+            self.waiting.remove(key)
+        self.durations.append((result.variant, result.seconds))
+        self.done += 1
+        value = result.metrics.get(metric, math.nan)
+        said = f"failed: {result.error}" if result.error else f"{metric} {value:.4g}"
+        seconds_left = self.seconds_left()
+        left = f", {_duration(seconds_left)} left" if self.waiting or self.running else ""
+        line = f"{self.done:>3}/{self.total}  {result.variant} · seed {result.seed}  {said}"
         style = "red" if result.error else ""
         took = f"  ({_duration(result.seconds)}{left})"
         self.console.print(Text(line, style=style).append(took, style="dim"))
 
-    def seconds_left(self, fraction: float) -> float | None:
-        """Time left, the current run being `fraction` done; None while there is no telling.
+    def seconds_left(self) -> float | None:
+        """Time left; None while there is no telling.
 
         A run is expected to take as long as finished runs of its variant, else as all finished
-        runs, else as the current one appears to.
+        runs, else as those that are running appear to.
         """
-        elapsed = time.monotonic() - self.started
-        current = elapsed / fraction if fraction > 0.02 else None
-        times = [self._expected(variant) or current for variant, _ in self.pending]
-        if any(seconds is None for seconds in times):
-            return None
-        first, *others = [seconds or 0.0 for seconds in times] or [0.0]
-        first = current if current is not None else first
-        return max(first * (1 - fraction), 0.0) + sum(others)
+        now = time.monotonic()
+        seem = [
+            (now - each.started) / each.fraction
+            for each in self.running.values()
+            if each.fraction > 0.02
+        ]
+        finished = [seconds for _, seconds in self.durations]
+        fallback = statistics.fmean(finished or seem) if finished or seem else None
 
-    def _expected(self, variant: str) -> float | None:
-        same = [seconds for name, seconds in self.durations if name == variant]
-        seconds = same or [seconds for _, seconds in self.durations]
-        return statistics.fmean(seconds) if seconds else None
+        def expected(variant: str) -> float | None:
+            same = [seconds for name, seconds in self.durations if name == variant]
+            return statistics.fmean(same) if same else fallback
+
+        left = []
+        for (variant, _), each in self.running.items():
+            known = (now - each.started) / each.fraction if each.fraction > 0.02 else None
+            whole = known or expected(variant)
+            left.append(None if whole is None else whole * (1 - each.fraction))
+        times = [*left, *(expected(variant) for variant, _ in self.waiting)]
+        known_times = [seconds for seconds in times if seconds is not None]
+        if len(known_times) < len(times):
+            return None
+        longest = max(known_times, default=0.0)
+        return max(sum(known_times) / self.at_once, longest)
 
 
 def _duration(seconds: float | None) -> str:

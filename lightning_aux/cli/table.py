@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_aux.comparison import Comparison, VariantSummary
+from lightning_aux.comparison import SIGNIFICANT, Comparison, VariantSummary
 from lightning_aux.report.units import Unit
 from lightning_aux.report.wording import cells
 
@@ -15,7 +15,7 @@ _COLOURS = {"better": "green", "worse": "red"}
 
 
 def result_table(comparison: Comparison, summaries: Iterable[VariantSummary]) -> Table:
-    """A row per variant: mean and spread, paired difference, verdict, relative time per step.
+    """A row per variant: mean and spread, paired difference, verdict, relative cost.
 
     The other metrics follow, with the mean and the difference of each in a column.
     """
@@ -27,11 +27,14 @@ def result_table(comparison: Comparison, summaries: Iterable[VariantSummary]) ->
     table.add_column("difference\n[95 % interval]", justify="right", no_wrap=True)
     table.add_column("verdict", min_width=10)
     table.add_column("time\nper step", justify="right", no_wrap=True)
+    table.add_column("peak\nmemory", justify="right", no_wrap=True)
     for measure in comparison.also:
         table.add_column(Unit(measure.unit).label(measure.metric), justify="right")
-    if comparison.also:
-        table.caption = "* the 95 % interval of this difference leaves out zero"
-        table.caption_justify = "left"
+    table.caption = (
+        f"better, worse{' and *' if comparison.also else ''}: p < {SIGNIFICANT} in the paired t "
+        "test, corrected for the number of variants (Holm); intervals are not corrected"
+    )
+    table.caption_justify = "left"
     for row in summaries:
         colour = _COLOURS.get(str(row.verdict), "")
         table.add_row(*cells(row, comparison), style=colour)

@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_aux.cli.peak_memory import PeakMemory
 from lightning_aux.cli.trainer_cli import WANDB_LOGGER, AuxCLI, WandbMode
-from lightning_aux.comparison import ERROR_FILE, RunResult, Variant, write_result
+from lightning_aux.comparison import (
+    ERROR_FILE,
+    JOB_FILE,
+    LOG_FILE,
+    RunResult,
+    Variant,
+    read_result,
+    write_result,
+)
 
 # The first batches of a run allocate memory and fill caches.
 WARM_UP_BATCHES = 20
@@ -35,48 +45,91 @@ Watcher = Callable[[int, int, float], None]
 """Called with the epoch (from 0), the number of epochs (-1 when open) and the fraction done."""
 
 
-def run(
-    variant: Variant, seed: int, directory: Path, wandb: WandbMode, watch: Watcher
-) -> RunResult:
-    """Train and test `variant` with `seed`, from nothing, with all output in `directory`.
+@dataclass(frozen=True)
+class TrainingRun:
+    """One variant with one seed, which any process can train.
 
-    An exception of the run is kept in `error.txt` and in the result, not raised.
-
-    Args:
+    Attributes:
         variant: What to train.
         seed: Seeds everything right before the objects are made, and again at every epoch.
-        directory: Emptied first. Gets config, log, metrics and the result.
+        directory: Gets config, log, metrics and the result.
         wandb: Whether the run is logged to Weights & Biases too.
-        watch: Told about the run's progress.
-
-    Returns:
-        The result, which is in `result.json` too.
-
-    Raises:
-        KeyboardInterrupt: When the user interrupts.
+        alone: Whether no other run of the comparison goes on beside it.
     """
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
-    result = RunResult(variant.name, seed, variant.fingerprint(seed))
-    start = time.perf_counter()
-    with _log_to(directory / "run.log"), _interrupts_kept():
-        try:
-            _fit_and_test(_config(variant, seed, directory, wandb), seed, result, watch)
-        except Exception as error:
-            cause = " ".join(str(error).split())
-            result.error = f"{type(error).__name__}: {cause}"
-            (directory / ERROR_FILE).write_text(traceback.format_exc())
-        finally:
-            _finish_wandb()
-            gc.collect()
-    result.seconds = time.perf_counter() - start
-    write_result(directory, result)
-    return result
+
+    variant: Variant
+    seed: int
+    directory: Path
+    wandb: WandbMode = "off"
+    alone: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything in the config that can change the outcome."""
+        return self.variant.fingerprint(self.seed)
+
+    def result(self) -> RunResult | None:
+        """What is in `result.json`, of this very config; None where there is nothing yet."""
+        result = read_result(self.directory)
+        return result if result and result.fingerprint == self.fingerprint else None
+
+    def clear(self) -> None:
+        """Make the directory, or leave nothing in it but the record of the job that trains."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for entry in self.directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != JOB_FILE:
+                entry.unlink()
+
+    def train(self, watch: Watcher = lambda epoch, epochs, fraction: None) -> RunResult:
+        """Train and test, from nothing, in this process.
+
+        An exception of the run is kept in `error.txt` and in the result, not raised.
+
+        Args:
+            watch: Told about the run's progress.
+
+        Returns:
+            The result, which is in `result.json` too.
+
+        Raises:
+            KeyboardInterrupt: When the user interrupts.
+        """
+        result = RunResult(self.variant.name, self.seed, self.fingerprint, alone=self.alone)
+        start = time.perf_counter()
+        with _log_to(self.directory / LOG_FILE), _interrupts_kept():
+            try:
+                _fit_and_test(_config(self), self.seed, result, watch)
+            except Exception as error:
+                cause = " ".join(str(error).split())
+                result.error = f"{type(error).__name__}: {cause}"
+                (self.directory / ERROR_FILE).write_text(traceback.format_exc())
+            finally:
+                _finish_wandb()
+                gc.collect()
+        result.seconds = time.perf_counter() - start
+        write_result(self.directory, result)
+        return result
+
+    def lost(self, error: str, details: str, seconds: float = 0.0) -> RunResult:
+        """Keep that the run's process ended before it could say what happened.
+
+        Args:
+            error: What ended it, in one line.
+            details: What is known beyond, for `error.txt`.
+            seconds: How long it ran.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / ERROR_FILE).write_text(f"{error}\n\n{details}")
+        result = RunResult(self.variant.name, self.seed, self.fingerprint, alone=self.alone)
+        result.error, result.seconds = error, seconds
+        write_result(self.directory, result)
+        return result
 
 
 def _fit_and_test(config: dict[str, Any], seed: int, result: RunResult, watch: Watcher) -> None:
-    cli = AuxCLI(args=config, run=False, exit_on_error=False)
+    cli = _MeasuredCLI(args=config, run=False, exit_on_error=False)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     if trainer.world_size > 1:
         raise RuntimeError("compare trains every run in one process: set trainer.devices to 1.")
@@ -84,25 +137,37 @@ def _fit_and_test(config: dict[str, Any], seed: int, result: RunResult, watch: W
     # the timer's two halves enclose the hooks of every other callback
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [timer, *callbacks, timer.end, recorder, EpochSeed(seed)]
+    device = trainer.strategy.root_device
+    result.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     trainer.fit(model, datamodule=data)
     result.step_seconds = timer.median()
+    result.peak_bytes = cli.memory.read(device)
     if is_overridden("test_step", model):
         tested = trainer.test(model, datamodule=data, verbose=False)
         for metrics in tested:
             result.metrics.update(metrics)
 
 
-def _config(variant: Variant, seed: int, directory: Path, wandb: WandbMode) -> dict[str, Any]:
+class _MeasuredCLI(AuxCLI):
+    """Measures memory from where the classes are imported and nothing is made yet."""
+
+    def instantiate_classes(self) -> None:
+        self.memory = PeakMemory()
+        super().instantiate_classes()
+
+
+def _config(run: TrainingRun) -> dict[str, Any]:
     """The variant's config with the seed, and with loggers and folders of this run."""
-    config = {**variant.config, "trainer": dict(variant.config["trainer"]), "seed_everything": seed}
-    csv = {"save_dir": str(directory), "name": "", "version": ""}
+    trainer, where = dict(run.variant.config["trainer"]), str(run.directory)
+    config = {**run.variant.config, "trainer": trainer, "seed_everything": run.seed}
+    csv = {"save_dir": where, "name": "", "version": ""}
     loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv}]
-    if wandb != "off":
-        where = {"project": "lightning-aux", "group": directory.parents[2].name}
-        name = {"name": f"{variant.name}-seed{seed}", "save_dir": str(directory)}
-        loggers.append({"class_path": WANDB_LOGGER, "init_args": {**where, **name}})
-        config["wandb"] = wandb
-    config["trainer"].update(logger=loggers, default_root_dir=str(directory))
+    if run.wandb != "off":
+        group = {"project": "lightning-aux", "group": run.directory.parents[2].name}
+        name = {"name": f"{run.variant.name}-seed{run.seed}", "save_dir": where}
+        loggers.append({"class_path": WANDB_LOGGER, "init_args": {**group, **name}})
+        config["wandb"] = run.wandb
+    trainer.update(logger=loggers, default_root_dir=where)
     return config
 
 

@@ -13,6 +13,8 @@ from lightning_aux.comparison.comparison import (
 from lightning_aux.comparison.results import (
     COMPARISON_FILE,
     ERROR_FILE,
+    JOB_FILE,
+    LOG_FILE,
     RESULT_FILE,
     RunResult,
     finished_result,
@@ -22,14 +24,22 @@ from lightning_aux.comparison.results import (
     write_comparison,
     write_result,
 )
-from lightning_aux.comparison.statistics import PairedDifference, Verdict, paired_difference
+from lightning_aux.comparison.statistics import (
+    SIGNIFICANT,
+    PairedDifference,
+    Verdict,
+    paired_difference,
+)
 from lightning_aux.comparison.summary import VariantSummary, summarise, write_tables
 
 __all__ = [
     "BASELINE",
     "COMPARISON_FILE",
     "ERROR_FILE",
+    "JOB_FILE",
+    "LOG_FILE",
     "RESULT_FILE",
+    "SIGNIFICANT",
     "Comparison",
     "ComparisonError",
     "Measure",

@@ -12,6 +12,8 @@ from lightning_aux.comparison.comparison import Comparison, Measure, Variant
 
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.txt"
+LOG_FILE = "run.log"
+JOB_FILE = "job.json"
 COMPARISON_FILE = "comparison.json"
 
 
@@ -28,7 +30,12 @@ class RunResult:
         step_seconds: Median time of a training step, see `StepTimer`; None when the run was
             shorter than the warm-up.
         seconds: Wall-clock time of the run.
-        error: The exception in one line; None when the run finished.
+        error: The exception, or what ended the process, in one line; None when the run finished.
+        peak_bytes: The most memory that training took beyond what the process had before the model
+            was made, see `PeakMemory`; None where it is not known.
+        device: `"cpu"`, or the name of the accelerator.
+        alone: Whether no other run of the comparison went on beside it. If not, its times are
+            rough.
     """
 
     variant: str
@@ -39,6 +46,9 @@ class RunResult:
     step_seconds: float | None = None
     seconds: float = 0.0
     error: str | None = None
+    peak_bytes: int | None = None
+    device: str = ""
+    alone: bool = True
 
 
 def run_directory(folder: Path, variant: str, seed: int) -> Path:

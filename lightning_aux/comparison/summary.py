@@ -6,14 +6,16 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from lightning_aux.comparison.comparison import Comparison, Measure
 from lightning_aux.comparison.results import RunResult
 from lightning_aux.comparison.statistics import (
     PairedDifference,
     Verdict,
+    holm,
     paired_difference,
     spread,
     verdict,
@@ -32,9 +34,11 @@ class VariantSummary:
         sd: Sample standard deviation over seeds, NaN below two.
         differences: Difference to the reference by seed; empty for the reference itself.
         paired: Their mean and interval; None without a common seed.
-        verdict: What the interval says; None as above.
+        verdict: What the p value says, corrected for the number of variants; None as above.
         step_seconds: Median over seeds of the time per training step.
         step_ratio: Median over seeds of the ratio of that time to the reference's.
+        peak_bytes: Median over seeds of the peak memory of training.
+        peak_ratio: Median over seeds of the ratio of that memory to the reference's.
         errors: Error by seed, of the runs that failed.
         also: The same of each of the comparison's other metrics.
     """
@@ -49,6 +53,8 @@ class VariantSummary:
     verdict: Verdict | None
     step_seconds: float | None
     step_ratio: float | None
+    peak_bytes: float | None
+    peak_ratio: float | None
     errors: dict[int, str]
     also: tuple[VariantSummary, ...] = ()
 
@@ -59,12 +65,28 @@ def summarise(comparison: Comparison, results: Iterable[RunResult]) -> list[Vari
     for result in results:
         by_variant[result.variant][result.seed] = result
     reference = by_variant[comparison.reference]
-    summaries = []
-    for name, runs in by_variant.items():
-        against = reference if name != comparison.reference else {}
-        also = tuple(_summarise(measure, name, runs, against) for measure in comparison.also)
-        summaries.append(_summarise(comparison.decides, name, runs, against, also))
-    return summaries
+    by_measure = [
+        _corrected(
+            [
+                _summarise(measure, name, runs, reference if name != comparison.reference else {})
+                for name, runs in by_variant.items()
+            ]
+        )
+        for measure in comparison.measures
+    ]
+    return [replace(row, also=tuple(also)) for row, *also in zip(*by_measure, strict=True)]
+
+
+def _corrected(rows: list[VariantSummary]) -> list[VariantSummary]:
+    """The same of all variants, with p values corrected for their number, and the verdicts."""
+    adjusted = iter(holm([row.paired.p for row in rows if row.paired]))
+    corrected = []
+    for row in rows:
+        if row.paired:
+            paired = replace(row.paired, p_adjusted=next(adjusted))
+            row = replace(row, paired=paired, verdict=verdict(paired, row.measure.mode))
+        corrected.append(row)
+    return corrected
 
 
 def _summarise(
@@ -72,7 +94,6 @@ def _summarise(
     name: str,
     runs: Mapping[int, RunResult],
     reference: Mapping[int, RunResult],
-    also: tuple[VariantSummary, ...] = (),
 ) -> VariantSummary:
     values = _values(runs, measure.metric)
     errors = {seed: _error(run, measure.metric) for seed, run in runs.items() if seed not in values}
@@ -81,12 +102,8 @@ def _summarise(
     paired = None
     if common:
         paired = paired_difference([values[s] for s in common], [against[s] for s in common])
-    times = {seed: run.step_seconds for seed, run in runs.items() if run.step_seconds}
-    ratios = [
-        seconds / base
-        for seed, seconds in times.items()
-        if seed in reference and (base := reference[seed].step_seconds)
-    ]
+    step_seconds, step_ratio = _cost("step_seconds", runs, reference)
+    peak_bytes, peak_ratio = _cost("peak_bytes", runs, reference)
     return VariantSummary(
         name=name,
         measure=measure,
@@ -95,11 +112,30 @@ def _summarise(
         sd=spread(list(values.values())),
         differences={seed: values[seed] - against[seed] for seed in common},
         paired=paired,
-        verdict=verdict(paired, measure.mode) if paired else None,
-        step_seconds=statistics.median(times.values()) if times else None,
-        step_ratio=statistics.median(ratios) if ratios else None,
+        verdict=None,
+        step_seconds=step_seconds,
+        step_ratio=step_ratio,
+        peak_bytes=peak_bytes,
+        peak_ratio=peak_ratio,
         errors=errors,
-        also=also,
+    )
+
+
+def _cost(
+    name: Literal["step_seconds", "peak_bytes"],
+    runs: Mapping[int, RunResult],
+    reference: Mapping[int, RunResult],
+) -> tuple[float | None, float | None]:
+    """Median over seeds, and median over seeds of the ratio to the reference's."""
+    costs: dict[int, float] = {seed: cost for seed, r in runs.items() if (cost := getattr(r, name))}
+    ratios = [
+        cost / base
+        for seed, cost in costs.items()
+        if seed in reference and (base := getattr(reference[seed], name))
+    ]
+    return (
+        statistics.median(costs.values()) if costs else None,
+        statistics.median(ratios) if ratios else None,
     )
 
 
@@ -127,11 +163,15 @@ def write_tables(
     metrics = [measure.metric for measure in comparison.measures]
     _write(
         directory / "results.csv",
-        ["variant", "seed", *metrics, "ms_per_step", "seconds", "error"],
+        [
+            *("variant", "seed", *metrics, "ms_per_step", "seconds", "error"),
+            *("peak_bytes", "device", "alone"),
+        ],
         (
             [
                 *(run.variant, run.seed, *map(run.metrics.get, metrics)),
                 *(_milliseconds(run.step_seconds), round(run.seconds, 2), run.error),
+                *(run.peak_bytes, run.device, run.alone),
             ]
             for run in results
         ),
@@ -140,14 +180,17 @@ def write_tables(
         directory / "summary.csv",
         [
             *("variant", "metric", "seeds", "mean", "sd"),
-            *("difference", "low95", "high95", "verdict"),
-            *("ms_per_step", "step_time_ratio", "failed"),
+            *("difference", "low95", "high95", "bootstrap_low95", "bootstrap_high95"),
+            *("p", "p_holm", "verdict"),
+            *("ms_per_step", "step_time_ratio", "peak_bytes", "peak_ratio", "failed"),
         ],
         (
             [
                 *(row.name, row.measure.metric, len(row.values), row.mean, row.sd),
-                *((row.paired.mean, row.paired.low, row.paired.high) if row.paired else 3 * [None]),
-                *(row.verdict, _milliseconds(row.step_seconds), row.step_ratio, len(row.errors)),
+                *(astuple(row.paired) if row.paired else [None] * len(fields(PairedDifference))),
+                *(row.verdict, _milliseconds(row.step_seconds), row.step_ratio),
+                *(None if row.peak_bytes is None else round(row.peak_bytes), row.peak_ratio),
+                len(row.errors),
             ]
             for summary in summaries
             for row in (summary, *summary.also)

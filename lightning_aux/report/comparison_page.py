@@ -141,7 +141,7 @@ def _findings(comparison: Comparison, summaries: Sequence[VariantSummary]) -> li
 def _table(comparison: Comparison, summaries: Sequence[VariantSummary]) -> str:
     metric = Unit(comparison.decides.unit).label(comparison.decides.metric)
     others = [Unit(measure.unit).label(measure.metric) for measure in comparison.also]
-    heads = ["variant", metric, "difference", "verdict", "time per step", *others]
+    heads = ["variant", metric, "difference", "verdict", "time per step", "peak memory", *others]
     rows = []
     for row in summaries:
         name, *texts = cells(row, comparison)
@@ -157,9 +157,9 @@ def _table(comparison: Comparison, summaries: Sequence[VariantSummary]) -> str:
         '<section><h2>Results</h2><div class="wide"><table>'
         f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="soft">Mean ± standard deviation over seeds, difference with its 95 % interval. '
-        "Intervals are Student’s t over the per-seed differences (the paired t "
-        "test), not corrected for the number of variants. Better and worse mean that the interval "
-        "leaves out zero, and so does a star beside another metric. Time per step is the median "
+        "Intervals are Student’s t over the per-seed differences, not corrected for the number of "
+        "variants. Better, worse and a star beside another metric mean that the p value of the "
+        "paired t test is below 0.05 after Holm’s correction for it. Time per step is the median "
         "over batches, relative to the reference; loading the data is not in it.</p></section>"
     )
 
@@ -201,7 +201,7 @@ def _failures(summaries: Sequence[VariantSummary]) -> str:
 
 
 def _settings(comparison: Comparison, results: Sequence[RunResult]) -> str:
-    base = comparison.variants["baseline"].config
+    base = comparison.variants[comparison.reference].config
     seconds = sum(run.seconds for run in results)
     overrides = [f"{key} = {value}" for key, value in comparison.overrides.items()]
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
@@ -222,7 +222,7 @@ def _settings(comparison: Comparison, results: Sequence[RunResult]) -> str:
         f"<section><h2>Settings</h2><dl>{entries}</dl>"
         f"<details open><summary>what each variant adds</summary>"
         f"<pre>{escape(_yaml(variants))}</pre></details>"
-        f"<details><summary>config of the baseline</summary>"
+        f"<details><summary>config of {escape(comparison.reference)}</summary>"
         f"<pre>{escape(_yaml(base))}</pre></details></section>"
     )
 

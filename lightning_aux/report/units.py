@@ -8,6 +8,12 @@ from dataclasses import dataclass
 MISSING = "–"
 
 
+def size(count: float) -> str:
+    """A number of bytes in MB or GB, of 10^6 and 10^9."""
+    megabytes = count / 1e6
+    return f"{megabytes / 1000:.2f} GB" if megabytes >= 1000 else f"{megabytes:.3g} MB"
+
+
 @dataclass(frozen=True)
 class Unit:
     """Writes values of one metric.

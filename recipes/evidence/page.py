@@ -15,8 +15,8 @@ python -m recipes.evidence  # writes this page from the results in docs/evidence
 ```
 """
 GLANCE = """Difference to the baseline in the metric that decides: test accuracy in points, and for
-calibration the expected calibration error in points, where less is better. **Bold**: better, and
-the interval leaves out zero. *Italic*: worse, and the interval leaves out zero."""
+calibration the expected calibration error in points, where less is better. **Bold**: better.
+*Italic*: worse. Both by the paired t test, corrected for the number of methods of the task."""
 ALL = """Times are per training step, relative to the baseline; `generations` takes twice as many
 steps."""
 OTHERS = """What each task is, how to run it, and of all its metrics the mean and the paired
@@ -72,6 +72,8 @@ def _paragraph(text: str) -> str:
 def _summary(tasks: Sequence[Measured]) -> str:
     verdicts = [row.verdict for each in tasks for row in each.methods]
     better, worse = verdicts.count("better"), verdicts.count("worse")
+    paired = [row.paired for each in tasks for row in each.methods if row.paired]
+    outside = sum(not each.low <= 0 <= each.high for each in paired)
     return f"""What the objectives did on small tasks that train in seconds, losses included. Every
         comparison was written down before it was run: settings are defaults of the class or of its
         paper, nothing was tuned on these tasks, and data and seeds are others than those of any
@@ -81,9 +83,11 @@ def _summary(tasks: Sequence[Measured]) -> str:
         without early stopping worse than in practice. Of {len(verdicts)} comparisons {better} were
         better than their baseline by the metric that decides, {worse} worse, and in
         {len(verdicts) - better - worse} no difference was shown. Intervals are 95 % intervals of
-        Student's t over differences that are paired by seed. Seeds are few, and the intervals are
-        not corrected for their number: about {len(verdicts) / 20:.0f} of {len(verdicts)} would
-        leave out zero where nothing differs."""
+        Student's t over differences that are paired by seed, and not corrected for their number:
+        {outside} of {len(verdicts)} leave out zero, and about {len(verdicts) / 20:.0f} would where
+        nothing differs. Better and worse are said where the p value of the paired t test, by Holm's
+        method corrected for the number of variants of the task, is below 0.05. Seeds are few: no
+        difference shown does not mean that there is none."""
 
 
 def _circumstances(tasks: Sequence[Measured]) -> str:

@@ -179,14 +179,10 @@ def test_ctrl_c_keeps_finished_runs_and_the_same_command_goes_on(place):
     assert (place.run_directory("baseline", 0) / "result.json").stat().st_mtime_ns == finished
 
 
-def test_ctrl_c_is_heard_again_after_lightning_has_handled_it(place, monkeypatch):
+def test_ctrl_c_is_heard_again_after_lightning_has_handled_it(place):
     before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(self, batch, batch_idx):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tests.cli.toy.ToyModel.training_step", interrupt)
-    assert place.compare() == 130
+    variants = {"interrupts": {"callbacks": [toy("Interrupts")]}}
+    assert place.compare("--cluster=debug", "--seeds=0", variants=variants) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -210,11 +206,8 @@ def test_several_devices_are_refused_by_name(place, capsys):
     assert "set trainer.devices to 1" in capsys.readouterr().out
 
 
-def test_step_time_includes_callbacks_that_the_module_brings(place, monkeypatch):
-    from tests.cli.toy import Sleeps, ToyModel
-
-    monkeypatch.setattr(ToyModel, "configure_callbacks", lambda self: [Sleeps(0.02)])
-    place.compare("--seeds=0", "--epochs=7")
+def test_step_time_includes_callbacks_that_the_module_brings(place):
+    place.compare("--seeds=0", "--epochs=7", set={"model.init_args.sleeps": 0.02})
     assert place.result("baseline", 0)["step_seconds"] >= 0.02
 
 
@@ -257,7 +250,7 @@ def test_config_beside_a_run_starts_the_same_run(place, tmp_path):
     place.compare("--seeds=1")
     config = yaml.safe_load((place.run_directory("baseline", 1) / "config.yaml").read_text())
     assert config["seed_everything"] == 1
-    assert config["model"]["init_args"] == {"lr": 0.1, "wait": 0.0}
+    assert config["model"]["init_args"] == {"lr": 0.1, "wait": 0.0, "sleeps": 0.0}
 
 
 @pytest.mark.parametrize(

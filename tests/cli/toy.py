@@ -1,5 +1,7 @@
 """A model and data of a few milliseconds, and callbacks that disturb a run, for `compare`."""
 
+import json
+import os
 import time
 from pathlib import Path
 
@@ -31,9 +33,10 @@ class ToyData(LightningDataModule):
 class ToyModel(LightningModule):
     """Logs what it started from (`start`) and a number that the order of the samples decides."""
 
-    def __init__(self, lr: float = 0.1, wait: float = 0.0) -> None:
+    def __init__(self, lr: float = 0.1, wait: float = 0.0, sleeps: float = 0.0) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
+        self.sleeps = sleeps
         self.lr = lr
         self.wait = wait
         self.order = 0.0
@@ -58,6 +61,9 @@ class ToyModel(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("test_error", (self(batch[0]) - batch[1]).square().mean())
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [Sleeps(self.sleeps)] if self.sleeps else []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -101,6 +107,65 @@ class Sleeps(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         time.sleep(self.seconds)
+
+
+class Dies(Callback):
+    """Ends the process in training: by a signal, or with an exit status."""
+
+    def __init__(self, how: int) -> None:
+        self.how = how
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        print("last words")
+        if self.how < 0:
+            os.kill(os.getpid(), -self.how)
+        os._exit(self.how)
+
+
+class Interrupts(Callback):
+    def on_train_start(self, trainer, pl_module) -> None:
+        raise KeyboardInterrupt
+
+
+class Allocates(Callback):
+    """Holds memory while it trains."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.megabytes = megabytes
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        torch.ones(self.megabytes, 250_000)
+
+
+class Says(Callback):
+    """Writes what its process is like."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        found = {"threads": torch.get_num_threads(), "pid": os.getpid()}
+        names = ("CUDA_VISIBLE_DEVICES", "TOY")
+        found |= {name: os.environ.get(name) for name in names}
+        with self.path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+class Meets(Callback):
+    """Waits until so many runs have come here, which they do only if they are there at once."""
+
+    def __init__(self, path: str, others: int) -> None:
+        self.path = Path(path)
+        self.others = others
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.path.mkdir(exist_ok=True)
+        (self.path / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(list(self.path.iterdir())) < self.others:
+            if time.monotonic() > deadline:
+                raise RuntimeError("nobody came")
+            time.sleep(0.02)
 
 
 class Marks(Callback):

@@ -41,18 +41,19 @@ def test_one_seed_has_a_difference_but_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "mode", "expected"),
+    ("mean", "p", "mode", "expected"),
     [
-        (0.1, 0.3, "max", "better"),
-        (0.1, 0.3, "min", "worse"),
-        (-0.3, -0.1, "max", "worse"),
-        (-0.3, -0.1, "min", "better"),
-        (-0.1, 0.3, "max", "no difference shown"),
-        (0.0, 0.0, "min", "no difference shown"),
+        (0.2, 0.049, "max", "better"),
+        (0.2, 0.049, "min", "worse"),
+        (-0.2, 0.049, "max", "worse"),
+        (-0.2, 0.049, "min", "better"),
+        (0.2, 0.05, "max", "no difference shown"),
+        (0.0, 1.0, "min", "no difference shown"),
     ],
 )
-def test_verdict(low, high, mode, expected):
-    assert verdict(PairedDifference((low + high) / 2, low, high), mode) == expected
+def test_verdict_is_by_the_corrected_p_value(mean, p, mode, expected):
+    found = PairedDifference(mean, mean - 1, mean + 1, p=0.001, p_adjusted=p)
+    assert verdict(found, mode) == expected
 
 
 def test_values_without_a_partner_are_refused():

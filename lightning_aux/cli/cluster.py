@@ -1,0 +1,198 @@
+"""Trains runs as jobs of a cluster, through submitit; what a run has to say is in its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+
+from lightning_aux.cli.progress import RunProgress
+from lightning_aux.cli.training_run import TrainingRun
+from lightning_aux.comparison import JOB_FILE, ComparisonError, RunResult
+
+ClusterName = Literal["slurm", "local", "debug"]
+SECONDS_BETWEEN_LOOKS = 1.0
+# Nobody else needs the slots of this machine; submitit's own two minutes would end real runs.
+_LOCAL_MINUTES = 7 * 24 * 60
+
+
+class Cluster:
+    """Where jobs go, and the record of those that are there.
+
+    Args:
+        name: `"slurm"`; `"local"` for processes of this machine, all at once; `"debug"` for this
+            very process.
+        settings: Parameters of `submitit.AutoExecutor`.
+        folder: Gets submitit's scripts and what jobs print; must be on a file system that the nodes
+            share.
+
+    Raises:
+        ComparisonError: When there is no such cluster here, or a setting is wrong.
+    """
+
+    def __init__(self, name: ClusterName, settings: Mapping[str, Any], folder: Path) -> None:
+        self.name = name
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder.resolve(), cluster=name)
+            if name == "local":
+                self.executor.update_parameters(timeout_min=_LOCAL_MINUTES)
+            self.executor.update_parameters(**settings)
+        except RuntimeError as error:
+            raise ComparisonError(f"--cluster {name}: {error}") from error
+        except (NameError, ValueError, AssertionError, TypeError) as error:
+            raise ComparisonError(f"--cluster-set: {error}") from error
+        if name == "slurm" and not {"timeout_min", "slurm_time"} & set(settings):
+            raise ComparisonError(
+                "--cluster slurm: say how many minutes a run may take, e.g. "
+                "--cluster-set timeout_min=60; without it a job would be ended after five."
+            )
+
+    def train(
+        self, runs: Sequence[TrainingRun], adopt: bool, progress: RunProgress
+    ) -> Generator[RunResult, None, None]:
+        """Submit what is not on the cluster yet, and wait for all of it.
+
+        Jobs of Slurm go on when this is interrupted or closed; others are ended.
+
+        Args:
+            runs: What to train.
+            adopt: Whether jobs that an earlier command submitted for these runs are waited for
+                instead of submitting them again. If not, they are cancelled, as jobs always are
+                whose run has another config by now.
+            progress: Told about the states of the jobs.
+
+        Yields:
+            Results as the runs end.
+        """
+        jobs, new = list[tuple[TrainingRun, submitit.Job[None]]](), list[TrainingRun]()
+        for run in runs:
+            job = self._recorded(run, adopt)
+            if job is None:
+                new.append(run)
+            else:
+                jobs.append((run, job))
+        if jobs:
+            progress.console.print(f"{_count(jobs)} still on the cluster: {_ids(jobs)}")
+        jobs += self._submit(new, progress)
+        try:
+            while jobs:
+                for run, job in list(jobs):
+                    result = run.result() or self._outcome(run, job)
+                    if result is not None:
+                        jobs.remove((run, job))
+                        yield result
+                states = Counter(self._state(job) for _, job in jobs)
+                progress.say(", ".join(f"{n} {state}" for state, n in sorted(states.items())))
+                if jobs:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+        except (KeyboardInterrupt, GeneratorExit):
+            if self.name == "slurm":
+                progress.console.print(
+                    f"\n{_count(jobs)} on: {_ids(jobs)}\nThe same command waits for them again; "
+                    f"`scancel {' '.join(sorted({_main_id(job) for _, job in jobs}))}` ends them."
+                )
+            else:
+                for _, job in jobs:
+                    self._cancel(job)
+            raise
+
+    def _submit(
+        self, runs: Sequence[TrainingRun], progress: RunProgress
+    ) -> list[tuple[TrainingRun, submitit.Job[None]]]:
+        if not runs:
+            return []
+        for run in runs:
+            run.clear()
+        try:
+            with self.executor.batch():
+                jobs = [(run, self.executor.submit(_train, run)) for run in runs]
+        except submitit.core.utils.FailedJobError as error:
+            raise ComparisonError(f"--cluster {self.name}: not submitted: {error}") from error
+        for run, job in jobs:
+            record = {"cluster": self.name, "job_id": job.job_id, "fingerprint": run.fingerprint}
+            (run.directory / JOB_FILE).write_text(json.dumps(record))
+        if self.name != "debug":
+            progress.console.print(f"{_count(jobs)} submitted: {_ids(jobs)}")
+        return jobs
+
+    def _recorded(self, run: TrainingRun, adopt: bool) -> submitit.Job[None] | None:
+        """The job of this very run that was submitted before and has not ended."""
+        try:
+            record = json.loads((run.directory / JOB_FILE).read_text())
+            name, job_id, fingerprint = (record[k] for k in ("cluster", "job_id", "fingerprint"))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if name != self.name or name == "debug":
+            return None
+        job: submitit.Job[None] = self.executor._executor.job_class(self.executor.folder, job_id)
+        if self._ended(job, look=True):
+            return None
+        if adopt and fingerprint == run.fingerprint:
+            return job
+        self._cancel(job)
+        return None
+
+    def _ended(self, job: submitit.Job[None], look: bool = False) -> bool:
+        if self.name == "local" and job._process is None:  # type: ignore[attr-defined]
+            return not _is_controller(int(job.job_id))
+        return job.done(force_check=look)
+
+    def _state(self, job: submitit.Job[None]) -> str:
+        if self.name == "local":
+            return "ended" if self._ended(job) else "running"
+        return job.state.lower()
+
+    def _cancel(self, job: submitit.Job[None]) -> None:
+        if self.name == "local":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGINT)
+        else:
+            job.cancel(check=False)
+
+    def _outcome(self, run: TrainingRun, job: submitit.Job[None]) -> RunResult | None:
+        """What a job left that has ended; None when it has not."""
+        if not self._ended(job):
+            return None
+        details = job.exception()  # waits a little for slow file systems
+        error = f"job {job.job_id} left no result ({self._state(job)})"
+        return run.result() or run.lost(error, f"{details}\n")
+
+
+def _train(run: TrainingRun) -> None:
+    """What a job does."""
+    run.clear()
+    with contextlib.suppress(OSError, ValueError):  # a debugger's stderr may have no descriptor
+        faulthandler.enable()
+    run.train()
+
+
+def _is_controller(pid: int) -> bool:
+    """Whether this process, and not one that got its number later, waits for a local job."""
+    try:
+        os.kill(pid, 0)
+        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except ProcessLookupError:
+        return False
+    except OSError:  # no such files here
+        return True
+
+
+def _main_id(job: submitit.Job[None]) -> str:
+    return job.job_id.partition("_")[0]
+
+
+def _ids(jobs: Sequence[tuple[TrainingRun, submitit.Job[None]]]) -> str:
+    return ", ".join(job.job_id for _, job in jobs)
+
+
+def _count(jobs: Sequence[object]) -> str:
+    return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}"

@@ -1,0 +1,47 @@
+"""YAML files that people write: read, their keys checked, and near names suggested."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_aux.cli.yaml_keys import with_names_as_keys
+from lightning_aux.comparison import ComparisonError
+
+
+def load_mapping(path: Path, role: str) -> dict[str, Any]:
+    """The keys and values of a file; `role` says in an error what the file is for."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        raise ComparisonError(f"{role}: there is no file {path}.{_did_you_mean(near)}")
+    try:
+        content = with_names_as_keys(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ComparisonError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ComparisonError(f"{path}: expected keys and values, got {type(content).__name__}.")
+    return content
+
+
+def check_keys(content: Mapping[Any, Any], known: Mapping[str, type], where: str) -> None:
+    """Refuse keys that are not known, and values of another type than theirs."""
+    for key, value in content.items():
+        if key not in known:
+            raise ComparisonError(
+                f"{where}: unknown key '{key}'.{guess(key, known)} Keys: {', '.join(known)}."
+            )
+        if value is not None and not isinstance(value, known[key]):
+            raise ComparisonError(f"{where}: '{key}' is a {known[key].__name__}, not {value!r}.")
+
+
+def guess(name: Any, known: Iterable[str]) -> str:
+    """A question about the name that is nearest, or nothing."""
+    return _did_you_mean(difflib.get_close_matches(str(name), list(known)))
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f" Did you mean '{near[0]}'?" if near else ""
