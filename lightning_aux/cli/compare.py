@@ -8,7 +8,6 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from lightning_aux.comparison import (
     write_comparison,
     write_tables,
 )
-from lightning_aux.report.comparison_page import write_report
+from lightning_aux.report.comparison_page import comparison_page
 from lightning_aux.report.figures import LIGHT, draw_curves, draw_differences, png
+from lightning_aux.report.page import REPORT_FILE
 from lightning_aux.report.wording import remarks
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
@@ -241,14 +241,7 @@ def _conclude(
     ):
         if figure is not None:
             (directory / name).write_bytes(png(figure))
-    write_report(
-        directory / "report.html",
-        comparison,
-        results,
-        summaries,
-        curves=partial(draw_curves, comparison, results),
-        differences=partial(draw_differences, comparison, summaries),
-    )
+    (directory / REPORT_FILE).write_text(comparison_page(directory), encoding="utf-8")
     console.print()
     console.print(result_table(comparison, summaries))
     for remark in remarks(results):
@@ -257,4 +250,4 @@ def _conclude(
         for seed, error in row.errors.items():
             console.print(Text(f"{row.name}, seed {seed} failed: {error}", style="red"))
             console.print(f"  {run_directory(directory, row.name, seed) / ERROR_FILE}")
-    console.print(f"report: {directory / 'report.html'}")
+    console.print(f"report: {directory / REPORT_FILE}")

@@ -19,6 +19,7 @@ COMMANDS = {
     "list": "show what can be attached, what it needs and what it costs",
     "inspect": "show what can be attached to a model, and what the callbacks of a config would do",
     "schedule": "show schedules as a chart and a picture, before they run",
+    "report": "write a page about a run or a comparison, from the files in its folder",
     "compare": "train a baseline and variants over several seeds and report the differences",
 }
 
@@ -72,6 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_aux.cli.inspect import inspect
 
             return inspect(arguments[1:])
+        if command == "report":
+            from lightning_aux.cli.report import report
+
+            return report(arguments[1:])
         if command == "schedule":
             from lightning_aux.cli.schedule import schedule
 

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -76,11 +76,11 @@ def draw_curves(
         colour, dash = _style(comparison, name, theme)
         epochs, values = line[0], unit.factor * line[1:]
         mean = values.mean(axis=0)
-        axes.fill_between(
-            epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.16, linewidth=0
-        )
-        axes.plot(epochs, mean, dash, color=colour, linewidth=2.2, label=name)
-        ends.append((float(epochs[-1]), float(mean[-1]), name, colour))
+        gid = gid_of(comparison, name)
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0, gid=gid)
+        axes.plot(epochs, mean, dash, color=colour, linewidth=2.2, label=name, gid=gid)
+        ends.append(_End(float(epochs[-1]), float(mean[-1]), name, colour, gid))
     axes.set_xlabel("epoch")
     seeds = "one seed" if len(comparison.seeds) == 1 else f"mean of {len(comparison.seeds)} seeds"
     _title(axes, f"{unit.label(metric)}: {seeds}", theme)
@@ -109,7 +109,10 @@ def draw_differences(
     axes.axvline(0, color=theme.reference, linewidth=1.4, zorder=1)
     for height, row in enumerate(reversed(rows)):
         colour, _ = _style(comparison, row.name, theme)
+        known = set(axes.get_children())
         _draw_difference(axes, height, row, unit, colour, theme)
+        for drawn in set(axes.get_children()) - known:
+            drawn.set_gid(gid_of(comparison, row.name))
     axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
     axes.tick_params(axis="y", length=0, labelsize=10.5, labelcolor=theme.text)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -123,21 +126,16 @@ def draw_differences(
     return figure
 
 
+def gid_of(comparison: Comparison, variant: str) -> str:
+    """The group that everything drawn of a variant is in, in an SVG."""
+    return f"v{list(comparison.variants).index(variant)}"
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG of 160 dots per inch."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=160, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
-
-
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG with its letters as outlines, so that it looks the same everywhere."""
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lightning-aux"}):
-        figure.savefig(
-            buffer, format="svg", facecolor=figure.get_facecolor(), metadata={"Date": None}
-        )
     return buffer.getvalue()
 
 
@@ -206,13 +204,23 @@ def _style(comparison: Comparison, name: str, theme: Theme) -> tuple[str, str]:
     return theme.series[place], DASHES[rounds % len(DASHES)]
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+class _End(NamedTuple):
+    """Where a line ends, and whose it is."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+    gid: str
+
+
+def _label_ends(axes: Axes, ends: list[_End]) -> None:
     """Write each line's name at its end, moved apart where the lines end close together."""
     low, high = axes.get_ylim()
-    ordered = sorted(ends, key=lambda end: end[1])
-    heights = _spaced([end[1] for end in ordered], gap=0.055 * (high - low))
-    for height, (x, y, name, colour) in zip(heights, ordered, strict=True):
-        axes.annotate(
+    ordered = sorted(ends, key=lambda end: end.y)
+    heights = _spaced([end.y for end in ordered], gap=0.055 * (high - low))
+    for height, (x, y, name, colour, gid) in zip(heights, ordered, strict=True):
+        label = axes.annotate(
             f"{name}  {y:.1f}" if abs(y) >= 10 else f"{name}  {y:.3g}",
             xy=(x, y),
             xytext=(1.02, height),
@@ -230,7 +238,10 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
                 "shrinkB": 1,
             },
             annotation_clip=False,
+            gid=gid,
         )
+        assert label.arrow_patch is not None
+        label.arrow_patch.set_gid(gid)
 
 
 def _spaced(heights: list[float], gap: float) -> list[float]:
