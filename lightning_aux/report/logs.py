@@ -49,7 +49,8 @@ def read_log(directory: Path) -> Log:
     path = directory / METRICS_FILE
     if not path.is_file():
         return Log(problems=[f"{METRICS_FILE} is missing: nothing was logged, or not yet."])
-    lines = list(csv.reader(path.read_text(encoding="utf-8", errors="replace").splitlines()))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = list(csv.reader(text.splitlines()))
     if not lines:
         return Log(problems=[f"{METRICS_FILE} is empty: the run ended before anything was logged."])
     header, *rows = lines
@@ -64,6 +65,9 @@ def read_log(directory: Path) -> Log:
         name: [] for name in header if name not in _PLACES
     }
     broken = 0
+    if rows and not text.endswith("\n"):  # its last number may be cut, and still be a number
+        rows.pop()
+        broken = 1
     for row in rows:
         numbers = _numbers(header, row)
         if numbers is None:
