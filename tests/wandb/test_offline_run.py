@@ -192,6 +192,7 @@ def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
         f"aux/early_learning_regularization/{each}" for each in ("agreement", "label_agreement")
     }
     promised |= {f"aux/{name}{end}" for name in TERMS for end in ("", "/weight")}
+    promised |= {f"aux/{name}/distance" for name in ("ema", "ema_anchor.teacher")}
     for row in history:
         assert {key for key in row if key.startswith("aux/")} == promised
         terms = sum(row[f"aux/{name}"] * row[f"aux/{name}/weight"] for name in TERMS)
