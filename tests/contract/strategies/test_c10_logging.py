@@ -86,7 +86,7 @@ def test_both_processes_log_the_distance_of_a_teacher_that_one_process_logs(
 
     first, second = (distances(ended(place, f"{variant} {entry}", rank)["rows"]) for rank in (0, 1))
     assert first == second
-    assert any(first)
+    assert any(first) or variant == "accumulated"  # four steps: before a first generation ends
     if variant != "bf16-true":  # where one process rounds other sums
         assert furthest(first, distances(in_one_process(place, entry, variant)["rows"])) < 1e-5
 
