@@ -44,7 +44,9 @@ def _shown(output: dict[str, Any]) -> str:
         picture = "".join(data["image/png"]).replace("\n", "")
         return f'<img alt="The picture that the cell draws" src="data:image/png;base64,{picture}">'
     if "text/html" in data:
-        lines = "".join(data["text/html"]).splitlines()
-        return "\n".join(line for line in lines if line.strip())  # a blank one would end it
+        # In a frame, which the styles of the site do not reach.
+        inside = escape(" ".join("".join(data["text/html"]).split()))
+        frame = "width: 100%; height: 34rem; border: 0"
+        return f'<div><iframe title="The output" style="{frame}" srcdoc="{inside}"></iframe></div>'
     text = "".join(output.get("text", data.get("text/plain", "")))
     return f"<pre><code>{escape(text)}</code></pre>"
