@@ -119,19 +119,28 @@ def relative_distance(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> T
         return torch.zeros(())
     device = tensors[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    squares = torch.zeros(2, len(tensors), dtype=wide, device=device)
+    dtype = wide if device.type == "cpu" else None  # there a norm is summed in one sequence
+    away: list[list[Tensor]] = [[] for _ in tensors]
+    whole: list[list[Tensor]] = [[] for _ in tensors]
     for block in _blocks(tensors, anchors):
         own = [at_least_float32(part) for _, part, _ in block]
         theirs = [part.to(live.device, non_blocking=True) for _, live, part in block]
-        away = list(torch._foreach_sub(own, [at_least_float32(part) for part in theirs]))
-        places = torch.tensor([place for place, _, _ in block], device=device)
-        for sums, parts in zip(squares, (away, own), strict=True):
-            # On the CPU a norm is summed in one sequence.
-            norms = torch._foreach_norm(parts, dtype=wide if device.type == "cpu" else None)
-            each = torch.stack([norm.to(squares) for norm in norms]).square()
-            sums.index_add_(0, places, each)
-    sums = sums_over_parts(squares.flatten(), [*tensors, *tensors]).view(2, -1).sum(1).sqrt()
+        differences = torch._foreach_sub(own, [at_least_float32(part) for part in theirs])
+        for norms, parts in ((away, list(differences)), (whole, own)):
+            for (place, *_), norm in zip(
+                block, torch._foreach_norm(parts, dtype=dtype), strict=True
+            ):
+                norms[place].append(norm.to(device))
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    squares = torch.stack([_norm(each or [nothing]).to(wide) for each in (*away, *whole)]).square()
+    sums = sums_over_parts(squares, [*tensors, *tensors]).view(2, -1).sum(1).sqrt()
     return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """The norm of what these are the norms of."""
+    together: Tensor = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return together
 
 
 _Parts: TypeAlias = tuple[int, Tensor, Tensor]  # of which pair, and the rows of both

@@ -172,7 +172,7 @@ def test_the_relative_distance_is_that_of_one_row_whatever_the_blocks(block, mon
 
 def test_the_relative_distance_makes_no_tensor_larger_than_a_block(monkeypatch):
     """Except one row of what is wider."""
-    monkeypatch.setattr("lightning_aux.functional.blocks.CPU_BLOCK", 16)
+    monkeypatch.setattr("lightning_aux.functional.blocks.CPU_BLOCK", 64)
     half = [torch.randn(80, 8, dtype=torch.bfloat16), torch.randn(4)]
     anchors = [each.float() + 1 for each in half]
     given = {each.untyped_storage().data_ptr() for each in (*half, *anchors)}
@@ -187,7 +187,7 @@ def test_the_relative_distance_makes_no_tensor_larger_than_a_block(monkeypatch):
 
     with Noted():
         relative_distance(half, anchors)
-    assert max(made) == 16
+    assert max(made) == 64
 
 
 def test_the_relative_distance_of_half_precision_is_taken_in_float32():
