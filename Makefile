@@ -80,6 +80,10 @@ bench-divergences: $(STAMP) ## Measure divergences beside plain torch; writes do
 bench: $(STAMP) ## Measure what attaching costs per step, one process at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/benchmarks $(ARGS)
 
+.PHONY: notebook
+notebook: $(STAMP) ## Run the notebook of the documentation and store its outputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs.notebook
+
 .PHONY: evidence
 evidence: $(STAMP) ## Train the comparisons of docs/evidence.md (half an hour) and write the page
 	OMP_NUM_THREADS=1 $(BIN)/python -m recipes.evidence --train

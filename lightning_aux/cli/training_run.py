@@ -99,14 +99,16 @@ class TrainingRun:
         result = RunResult(self.variant.name, self.seed, self.fingerprint, alone=self.alone)
         start = time.perf_counter()
         with _log_to(self.directory / LOG_FILE), _interrupts_kept():
+            failure: str | None = "interrupted"
             try:
                 _fit_and_test(_config(self), self.seed, result, watch)
+                failure = None
             except Exception as error:
                 cause = " ".join(str(error).split())
-                result.error = f"{type(error).__name__}: {cause}"
+                failure = result.error = f"{type(error).__name__}: {cause}"
                 (self.directory / ERROR_FILE).write_text(traceback.format_exc())
             finally:
-                _finish_wandb()
+                _finish_wandb(failure)
                 gc.collect()
         result.seconds = time.perf_counter() - start
         write_result(self.directory, result)
@@ -133,6 +135,8 @@ def _fit_and_test(config: dict[str, Any], seed: int, result: RunResult, watch: W
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     if trainer.world_size > 1:
         raise RuntimeError("compare trains every run in one process: set trainer.devices to 1.")
+    for logger in trainer.loggers:  # what fails before training begins has a run of W&B too
+        getattr(logger, "experiment", None)
     recorder, timer = _Recorder(result, watch), StepTimer()
     # the timer's two halves enclose the hooks of every other callback
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -165,7 +169,8 @@ def _config(run: TrainingRun) -> dict[str, Any]:
     if run.wandb != "off":
         group = {"project": "lightning-aux", "group": run.directory.parents[2].name}
         name = {"name": f"{run.variant.name}-seed{run.seed}", "save_dir": where}
-        loggers.append({"class_path": WANDB_LOGGER, "init_args": {**group, **name}})
+        which = {"config": {"compare": {"variant": run.variant.name, "seed": run.seed}}}
+        loggers.append({"class_path": WANDB_LOGGER, "init_args": {**group, **name, **which}})
         config["wandb"] = run.wandb
     trainer.update(logger=loggers, default_root_dir=where)
     return config
@@ -309,8 +314,15 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _finish_wandb() -> None:
-    """Close the run of Weights & Biases, if there is one: the next logger would go on in it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
+def _finish_wandb(failure: str | None) -> None:
+    """Close the run of Weights & Biases, if there is one: the next logger would go on in it.
+
+    Args:
+        failure: What ended the run too early: its state is then "failed", and this in its summary.
+    """
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    if run is None:
+        return
+    if failure is not None:
+        run.summary["error"] = failure
+    run.finish(exit_code=0 if failure is None else 1)

@@ -42,20 +42,24 @@ def log_of_member(module: Any, name: str, values: Mapping[str, Any]) -> None:
 
 
 def log_hyperparameters(trainer: Any, module: Any, members: Mapping[str, Attached]) -> None:
-    """Write every init argument of every member into the loggers' configuration.
+    """Write every init argument of every callback into the loggers' configuration, under ``aux``.
 
+    What a callback brings along has its arguments from those of the callback, and is not repeated.
     Lightning has logged the module's and the datamodule's hyperparameters before; they are passed
-    again with ours, because some loggers replace what a second call does not repeat.
+    again with ours, because some loggers replace what a second call does not repeat. Where one of
+    them is called ``aux``, ours are under ``lightning_aux``.
     """
-    own = {
-        "aux": {
-            name: {"class": type(member).__name__, **member.hyperparameters}
-            for name, member in members.items()
-        }
-    }
     theirs: dict[str, Any] = {}
     for holder in (trainer.datamodule, module):
         if holder is not None and getattr(holder, "_log_hyperparams", False):
             theirs |= dict(holder.hparams_initial)
+    theirs.pop("_class_path", None)  # what LightningCLI notes for itself; nor does Lightning log it
+    brought = {each.name for member in members.values() for each in member.companions()}
+    own = {
+        name: {"class": type(member).__name__, **member.hyperparameters}
+        for name, member in members.items()
+        if name not in brought
+    }
+    key = "lightning_aux" if "aux" in theirs else "aux"
     for logger in trainer.loggers:
-        logger.log_hyperparams({**theirs, **own})
+        logger.log_hyperparams({**theirs, key: own})

@@ -6,6 +6,7 @@ Half-precision inputs are computed and returned in float32; only the student is 
 from .anchors import (
     data_emphasized_divergence,
     output_anchor,
+    relative_distance,
     squared_distance,
     wasserstein_distance,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "power_decay",
     "power_exponent",
     "quantize",
+    "relative_distance",
     "reverse_kl_divergence",
     "risk_at_coverage",
     "risk_coverage_curve",

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .blocks import block_size
 from .divergences import entropy, reverse_kl_divergence
 from .precision import at_least_float32
-from .shards import is_sharded, like, local, sum_over_parts
+from .shards import is_sharded, like, local, sum_over_parts, sums_over_parts
 
 
 def squared_distance(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
@@ -92,6 +93,80 @@ class _SquaredDistance(torch.autograd.Function):
             pairs = zip(gradients, ctx.sharded, strict=True)
             gradients = [part if whole is None else like(part, whole) for part, whole in pairs]
         return None, *gradients
+
+
+@torch.no_grad()
+def relative_distance(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+    """Distance ‖φ − θ‖₂ / ‖θ‖₂ between two lists of tensors, to look at; no gradient.
+
+    Differences are taken in float32 (float64 for float64), of a few tensors or rows at a time: the
+    memory is a few blocks, not a copy of the lists. Of sharded parameters (DTensors) each process
+    looks at its part, and the sums meet in one collective for each way of sharding.
+
+    Args:
+        tensors: θ, such as a module's parameters.
+        anchors: φ, of the same shapes; on another device (host memory) they are brought over in
+            blocks.
+
+    Returns:
+        A float32 scalar on the device of the first tensor, the same on every process; 0 for lists
+        that are equal, empty ones included.
+
+    Raises:
+        ValueError: for lists that differ in length.
+    """
+    if not tensors:
+        return torch.zeros(())
+    device = tensors[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    dtype = wide if device.type == "cpu" else None  # there a norm is summed in one sequence
+    away: list[list[Tensor]] = [[] for _ in tensors]
+    whole: list[list[Tensor]] = [[] for _ in tensors]
+    for block in _blocks(tensors, anchors):
+        own = [at_least_float32(part) for _, part, _ in block]
+        theirs = [part.to(live.device, non_blocking=True) for _, live, part in block]
+        differences = torch._foreach_sub(own, [at_least_float32(part) for part in theirs])
+        for norms, parts in ((away, list(differences)), (whole, own)):
+            for (place, *_), norm in zip(
+                block, torch._foreach_norm(parts, dtype=dtype), strict=True
+            ):
+                norms[place].append(norm.to(device))
+    nothing = torch.zeros((), dtype=dtype, device=device)
+    squares = torch.stack([_norm(each or [nothing]).to(wide) for each in (*away, *whole)]).square()
+    sums = sums_over_parts(squares, [*tensors, *tensors]).view(2, -1).sum(1).sqrt()
+    return (sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)).float()
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    """The norm of what these are the norms of."""
+    together: Tensor = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return together
+
+
+_Parts: TypeAlias = tuple[int, Tensor, Tensor]  # of which pair, and the rows of both
+
+
+def _blocks(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> Iterator[list[_Parts]]:
+    """Views of the parts that are here, together as many as make a block."""
+    block: list[_Parts] = []
+    size, most = 0, block_size(tensors[0])
+    for place, (tensor, anchor) in enumerate(zip(tensors, anchors, strict=True)):
+        pair = (_rows(local(tensor), most), _rows(local(anchor), most))
+        for rows, others in zip(*pair, strict=True):
+            if block and size + rows.numel() > most:
+                yield block
+                block, size = [], 0
+            block.append((place, rows, others))
+            size += rows.numel()
+    if block:
+        yield block
+
+
+def _rows(tensor: Tensor, most: int) -> Sequence[Tensor]:
+    """``tensor`` whole, or, of a large one, a few rows at a time; nothing of an empty one."""
+    if tensor.numel() <= most:
+        return [tensor] if tensor.numel() else []
+    return torch.split(tensor, max(1, most * len(tensor) // tensor.numel()))
 
 
 def output_anchor(

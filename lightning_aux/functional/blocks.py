@@ -118,7 +118,7 @@ def _values(
     student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, measure: Measure
 ) -> Tensor:
     sums = []
-    for part in _parts(student.shape, dim, _size(student)):
+    for part in _parts(student.shape, dim, block_size(student)):
         s, t, m = _cut(student, teacher, mask, dim, part)
         values, _ = measure.slopes(*_cleaned(s, t, m, dim))
         sums.append((values if m is None else values * m.to(values.dtype)).sum())
@@ -138,7 +138,7 @@ def _gradient(
     factor: Tensor | float = measure.slope_factor / count
     if outer is not None:
         factor = factor * outer
-    parts = list(_parts(student.shape, dim, _size(student)))
+    parts = list(_parts(student.shape, dim, block_size(student)))
     gradient = None if parts == [None] else torch.empty_like(student)
     sums = []
     for part in parts:
@@ -160,7 +160,7 @@ def _scaled_(gradient: Tensor, factor: Tensor, dim: int) -> Tensor:
     """Times the factor, which itself is not rounded to half precision."""
     if gradient.dtype == factor.dtype:
         return gradient.mul_(factor)
-    for part in _parts(gradient.shape, dim, _size(gradient)):
+    for part in _parts(gradient.shape, dim, block_size(gradient)):
         block = gradient if part is None else gradient[part]
         block.copy_(block.to(factor.dtype).mul_(factor))
     return gradient
@@ -216,7 +216,8 @@ def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part | None]:
             yield tuple(slices)
 
 
-def _size(tensor: Tensor) -> int:
+def block_size(tensor: Tensor) -> int:
+    """How many elements of ``tensor`` are looked at at a time."""
     return CPU_BLOCK if tensor.device.type == "cpu" else BLOCK
 
 

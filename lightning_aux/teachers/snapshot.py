@@ -246,7 +246,7 @@ class VotedTeacher(_Snapshots):
 
     Zhu et al. 2023, "Improving Differentiable Architecture Search via Self-Distillation",
     arXiv:2302.05629, section 3. One forward for each snapshot in every step. Features are the mean
-    over the snapshots.
+    over the snapshots, and so is the distance that is logged.
 
     Until the first snapshot objectives that name this teacher have no weight.
 
@@ -302,6 +302,10 @@ class VotedTeacher(_Snapshots):
 
     def weights_in_place(self) -> list[AbstractContextManager[None]]:
         return [each.in_place() for each in self.ring]
+
+    @property
+    def stores(self) -> list[WeightStore]:
+        return self.ring
 
     def show(self, taught: list[Record], locations: Locations, asked_by: str) -> Pass:
         passes = [Pass(self.engine, each, locations, asked_by) for each in taught]

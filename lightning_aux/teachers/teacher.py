@@ -34,6 +34,12 @@ class Teacher(Attached):
     weights; only buffers of a model sharded by FSDP2, which keeps them different on each process,
     are sent by the first process to the others at every update, in one message for each dtype.
 
+    On steps where Lightning logs, ``aux/<name>/distance`` is ‖θ_T − θ‖₂ / ‖θ‖₂ over the parameters
+    that are trainable then: how far it is from the student. Both are the weights with which the
+    losses of the same row were computed, before the optimizer's step; 0 while the teacher is the
+    student. Sharded by FSDP2 that is one collective of two numbers for each tensor, on these steps
+    only. A teacher that is another module, or stored logits, has none.
+
     Attributes:
         updates: how often the weights have moved.
         store: the weights; while there are none, they are the student's.
@@ -219,6 +225,19 @@ class Teacher(Attached):
             return self.store.pairs()
         live = [each for each in self.engine.module.parameters() if each.requires_grad]
         return live, [each.detach() for each in live]
+
+    def logged(self) -> dict[str, Any]:
+        """The distance, where there is something to learn from."""
+        if not (self.follows and self.ready):
+            return {}
+        with self.engine.own_weights():
+            distances = [each.distance() for each in self.stores]
+        return {"distance": sum(distances) / len(distances) if distances else 0.0}
+
+    @property
+    def stores(self) -> list[WeightStore]:
+        """The sets of weights that there are; none while they are the student's."""
+        return [] if self.store is None else [self.store]
 
     def stop(self) -> None:
         if self.store is not None:  # Ctrl-C may have come while it was putting the weights back

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from lightning_aux.engine import AuxiliaryError
 from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.engine.taps import plain_path
+from lightning_aux.functional.anchors import relative_distance
 from lightning_aux.functional.averages import ema_update_, grouped, move_
 from lightning_aux.functional.shards import is_sharded, local, part_of, saved
 from lightning_aux.weights.offload import Offload, before_writing, in_host_memory
@@ -323,8 +324,20 @@ class WeightStore:
         if self._offload is not None:
             pairs = zip(values, self._live, strict=True)
             values = [value.to(live.device, non_blocking=True) for value, live in pairs]
-        chosen = [place for place, each in enumerate(self._live) if each.requires_grad]
+        chosen = self._trainable()
         return [self._live[place] for place in chosen], [values[place] for place in chosen]
+
+    def distance(self) -> Tensor:
+        """How far these values are from the trainable parameters, see `relative_distance`.
+
+        With ``offload`` the update under way is waited for, and no whole copy is on the device.
+        """
+        self.follow()
+        values, chosen = self.values(), self._trainable()
+        return relative_distance([self._live[p] for p in chosen], [values[p] for p in chosen])
+
+    def _trainable(self) -> list[int]:
+        return [place for place, each in enumerate(self._live) if each.requires_grad]
 
     @contextmanager
     def in_place(

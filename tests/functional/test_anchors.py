@@ -3,10 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_aux.functional import (
     entropy,
     output_anchor,
+    relative_distance,
     reverse_kl_divergence,
     squared_distance,
 )
@@ -143,3 +146,65 @@ def test_the_entropy_bonus_flattens_the_predictions() -> None:
     output_anchor(student, student.detach(), entropy_weight=1.0).backward()
     assert student.grad is not None
     assert student.grad[0, 0] > 0 > student.grad[0, 1]  # descent lowers the larger logit
+
+
+# --------------------------------------------------------------------------- relative distance
+def spread() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    shapes = [(7, 9), (), (3,), (50, 4), (0,), (1, 70), (2, 3, 5)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors.append(torch.randn(6, 5).t())  # not contiguous
+    return tensors, [each + 0.1 * torch.randn_like(each) for each in tensors]
+
+
+def in_one_row(tensors: list[torch.Tensor], anchors: list[torch.Tensor]) -> float:
+    own, other = (torch.cat([t.double().flatten() for t in each]) for each in (tensors, anchors))
+    return float((other - own).norm() / own.norm())
+
+
+@pytest.mark.parametrize("block", [1, 16, 64, 10**6])
+def test_the_relative_distance_is_that_of_one_row_whatever_the_blocks(block, monkeypatch):
+    monkeypatch.setattr("lightning_aux.functional.blocks.CPU_BLOCK", block)
+    tensors, anchors = spread()
+    found = relative_distance(tensors, anchors)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(in_one_row(tensors, anchors), rel=1e-6)
+
+
+def test_the_relative_distance_makes_no_tensor_larger_than_a_block(monkeypatch):
+    """Except one row of what is wider."""
+    monkeypatch.setattr("lightning_aux.functional.blocks.CPU_BLOCK", 64)
+    half = [torch.randn(80, 8, dtype=torch.bfloat16), torch.randn(4)]
+    anchors = [each.float() + 1 for each in half]
+    given = {each.untyped_storage().data_ptr() for each in (*half, *anchors)}
+    made: list[int] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            found = operation(*arguments, **(keywords or {}))
+            new = [e for e in tree_leaves(found) if e.untyped_storage().data_ptr() not in given]
+            made.extend(each.numel() for each in new)
+            return found
+
+    with Noted():
+        relative_distance(half, anchors)
+    assert max(made) == 64
+
+
+def test_the_relative_distance_of_half_precision_is_taken_in_float32():
+    tensors = [torch.randn(300, dtype=torch.bfloat16) for _ in range(3)]
+    anchors = [each.float() + 1e-4 for each in tensors]
+    expected = in_one_row(tensors, anchors)
+    assert float(relative_distance(tensors, anchors)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_relative_distance_of_what_is_equal_is_nought():
+    tensors = [torch.randn(3), torch.zeros(2)]
+    assert float(relative_distance(tensors, tensors)) == 0.0
+    assert float(relative_distance([torch.zeros(2)], [torch.zeros(2)])) == 0.0
+    assert float(relative_distance([], [])) == 0.0
+    assert float(relative_distance([torch.zeros(0)], [torch.zeros(0)])) == 0.0
+
+
+def test_lists_of_different_lengths_have_no_relative_distance():
+    with pytest.raises(ValueError, match="shorter"):
+        relative_distance([torch.ones(2), torch.ones(2)], [torch.ones(2)])

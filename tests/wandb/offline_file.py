@@ -27,15 +27,23 @@ class OfflineRun:
 
     Attributes:
         id: the run's id.
+        name: what it is called.
+        group: what it belongs to.
+        exit_code: 0 where it is shown as finished, else as failed.
         config: the configuration after all updates.
         updates: every update of the configuration, in order.
         history: one dictionary per row, in order.
+        summary: the last value of everything, as the table of runs shows it.
     """
 
     id: str = ""
+    name: str = ""
+    group: str = ""
+    exit_code: int = -1
     config: dict[str, Any] = field(default_factory=dict)
     updates: list[tuple[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
 
     def aux_rows(self) -> list[dict[str, float]]:
         """The rows that hold something of ours, without the clock of W&B."""
@@ -52,7 +60,12 @@ def read(path: Path) -> OfflineRun:
     for record in _records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.id = record.run.run_id
+            run.id, run.name = record.run.run_id, record.run.display_name
+            run.group = record.run.run_group
+        if kind == "exit":
+            run.exit_code = record.exit.exit_code
+        if kind == "summary":
+            run.summary |= dict(_items(record.summary.update))
         if kind == "history":
             run.history.append(dict(_items(record.history.item)))
         if kind in ("run", "config"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 import lightning_aux as aux
 from lightning_aux.cli import main
+from tests.cli.toy import ToyModel
 from tests.contract.models import ResumableLoader
 from tests.engine.small_models import Classifier, Rows, rows
 
@@ -39,6 +40,14 @@ class Configured(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/output", self(batch[0]).mean())
+
+
+class Saved(ToyModel):
+    """Saves its hyperparameters."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr)
+        self.save_hyperparameters()
 
 
 class Interrupted(L.Callback):
@@ -66,24 +75,6 @@ def attached(weight: str | float = WEIGHT) -> list[L.Callback]:
         aux.EarlyLearningRegularization(weight=0.5, momentum=0.6),
         aux.DropoutSchedule(p=0.3, mode="early", until="50%", shape="linear"),
     ]
-
-
-@pytest.fixture(autouse=True)
-def _small_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No console capture, no statistics of the machine, nothing in the home folder."""
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_CONSOLE": "off",
-        "WANDB_SILENT": "true",
-        "WANDB_X_DISABLE_STATS": "true",
-        "WANDB_X_DISABLE_META": "true",
-        "WANDB_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
-        "WANDB_DATA_DIR": str(tmp_path / "data"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield
-    wandb.teardown()
 
 
 @pytest.fixture
@@ -126,9 +117,6 @@ def test_f68_config_has_one_entry_per_callback_with_every_init_argument(fit, tmp
         "self_distillation": every_argument(distillation, temperature=2.0, weight=WEIGHT),
         "hints": every_argument(hints, on="enc*r", divergence="mse", weight=0.25, name="hints"),
         "ema_anchor": every_argument(anchor, space="weight", weight=0.01, decay=0.8, every=2),
-        "ema_anchor.teacher": every_argument(
-            anchor.own_teacher, decay=0.8, every=2, name="ema_anchor.teacher"
-        ),
         "early_learning_regularization": every_argument(early, weight=0.5, momentum=0.6),
         "dropout_schedule": every_argument(dropout, p=0.3, until="50%", shape="linear"),
     }
@@ -140,7 +128,39 @@ def test_f68_config_has_one_entry_per_callback_with_every_init_argument(fit, tmp
     assert all(value == written[0] for value in written)
 
 
-def test_f68_config_of_the_command_has_the_callbacks_once(monkeypatch, tmp_path):
+def test_f68_config_has_callbacks_that_add_no_term_too(fit, tmp_path):
+    added = {
+        "ema_weights": aux.EMAWeights(half_life="3 steps"),
+        "swa": aux.SWATeacher(start="50%"),
+        "dropout_schedule": aux.DropoutSchedule(p="early(0.1, until=warmup.end)"),
+        "phases": aux.Phases("warmup: 4, main: rest"),
+        "gradients": aux.GradientMonitor(every=2),
+        "taps": aux.Taps(logits="classifier"),
+    }
+    fit(WandbLogger(offline=True, save_dir=tmp_path), list(added.values()), max_epochs=1)
+    (run,) = finished(tmp_path)
+    assert run.config["aux"] == {
+        name: {"class": type(each).__name__, **each.hyperparameters} for name, each in added.items()
+    }
+    assert run.config["aux"]["swa"]["start"] == "50%"
+    assert run.config["aux"]["ema_weights"]["half_life"] == "3 steps"
+
+
+def test_f68_a_hyperparameter_of_the_users_own_that_is_called_aux_stays(plain_trainer, tmp_path):
+    class WithAux(Classifier):
+        def __init__(self, aux: float = 0.3) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    logger = WandbLogger(offline=True, save_dir=tmp_path)
+    plain_trainer(logger=logger, callbacks=[aux.EMATeacher()]).fit(WithAux(), rows())
+    (run,) = finished(tmp_path)
+    assert run.config["aux"] == 0.3
+    assert run.config["lightning_aux"] == {"ema": every_argument(aux.EMATeacher())}
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["without", "with hyperparameters"])
+def test_f68_config_of_the_command_has_the_callbacks_once(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(Path(__file__).parents[2])
     config = {
         "model": {"class_path": "tests.cli.toy.ToyModel"},
@@ -166,6 +186,8 @@ def test_f68_config_of_the_command_has_the_callbacks_once(monkeypatch, tmp_path)
             ],
         },
     }
+    if saved:  # LightningCLI notes a module's arguments for itself beside those that it saves
+        config["model"] = {"class_path": f"{__name__}.Saved", "init_args": {"lr": 0.01}}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "fit.yaml")]) == 0
     (run,) = finished(tmp_path)
@@ -173,7 +195,10 @@ def test_f68_config_of_the_command_has_the_callbacks_once(monkeypatch, tmp_path)
         "ema": every_argument(aux.EMATeacher(), decay=0.75),
         "ema_anchor": every_argument(aux.EMAAnchor(), teacher="ema", space="weight", weight=WEIGHT),
     }
-    assert {key for key in run.config if not key.startswith("_")} == {"aux"}
+    theirs = {"lr", "_instantiator"} if saved else set()  # the last is Lightning's
+    assert run.config.keys() - {"_wandb"} == theirs | {"aux"}
+    named = {(key, "aux" in value) for key, value in run.updates if isinstance(value, dict)}
+    assert named <= {("_wandb", False), ("aux", False)}
 
 
 def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
@@ -192,6 +217,7 @@ def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
         f"aux/early_learning_regularization/{each}" for each in ("agreement", "label_agreement")
     }
     promised |= {f"aux/{name}{end}" for name in TERMS for end in ("", "/weight")}
+    promised |= {f"aux/{name}/distance" for name in ("ema", "ema_anchor.teacher")}
     for row in history:
         assert {key for key in row if key.startswith("aux/")} == promised
         terms = sum(row[f"aux/{name}"] * row[f"aux/{name}/weight"] for name in TERMS)
@@ -200,6 +226,9 @@ def test_history_holds_every_term_and_they_add_up_to_the_total(fit, tmp_path):
         assert row["aux/self_distillation/weight"] == pytest.approx(0.1 + 0.9 * share)
         assert row["aux/hints/weight"] == 0.25
     assert any(abs(row["aux/total"] - row["aux/main"]) > 0.01 for row in history)
+    # The table of runs shows the last value of each.
+    shown = {key: value for key, value in run.summary.items() if key in promised}
+    assert shown == {key: history[-1][key] for key in promised}
 
 
 @pytest.mark.parametrize("one_run_object", [False, True], ids=["new_run_object", "same_run_object"])
@@ -239,7 +268,7 @@ def test_f68_resuming_with_another_argument_updates_its_one_entry(fit, tmp_path)
     fit(logger, attached(weight=0.75), ckpt_path=checkpoint)
     (run,) = finished(tmp_path)
     assert run.config["aux"]["self_distillation"]["weight"] == 0.75
-    assert len(run.config["aux"]) == len(attached()) + 1  # the anchor's own teacher
+    assert len(run.config["aux"]) == len(attached())
     weights = [row["aux/self_distillation/weight"] for row in run.aux_rows()]
     resumed = (EPOCHS - 1) * STEPS_PER_EPOCH
     assert weights == [0.5] * STEPS_PER_EPOCH + [0.75] * resumed

@@ -12,6 +12,7 @@ from tests.contract.strategies.matrix import (
     COMPARABLE,
     every_case,
     every_place,
+    every_taught,
     furthest,
     in_ddp,
     in_one_process,
@@ -70,6 +71,24 @@ def test_the_mean_of_what_two_processes_log_is_what_one_process_logs(
             [[row[key] for key in known if key in row] for row in rows] for rows in (mean, alone)
         )
     assert furthest(mean, alone) < 1e-5
+
+
+@every_place
+@every_taught
+@pytest.mark.parametrize("variant", ["sgd", "accumulated", "bf16-true"])
+def test_both_processes_log_the_distance_of_a_teacher_that_one_process_logs(
+    ended: Any, place: str, entry: str, variant: str
+) -> None:
+    """Its parts are summed over the processes where parameters are sharded."""
+
+    def distances(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{key: row[key] for key in row if key.endswith("/distance")} for row in ours(rows)]
+
+    first, second = (distances(ended(place, f"{variant} {entry}", rank)["rows"]) for rank in (0, 1))
+    assert first == second
+    assert any(first) or variant == "accumulated"  # four steps: before a first generation ends
+    if variant != "bf16-true":  # where one process rounds other sums
+        assert furthest(first, distances(in_one_process(place, entry, variant)["rows"])) < 1e-5
 
 
 @in_ddp

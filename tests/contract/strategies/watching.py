@@ -36,12 +36,14 @@ class Rows(DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, float]] = []
+        self.steps: list[int | None] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # Lightning's class answers for this too, and does nothing
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.rows.append(dict(metrics))
+        self.steps.append(step)
 
 
 class Watch(L.Callback):
