@@ -14,6 +14,8 @@ from scipy.stats import ttest_rel
 
 from tests.docs.notebook import NOTEBOOK, clean, execute
 
+pytestmark = pytest.mark.xdist_group("notebook")  # it runs once, for all tests
+
 ROOT = Path(__file__).parents[2]
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 CODE_CELLS = 10
