@@ -122,6 +122,26 @@ class Dies(Callback):
         os._exit(self.how)
 
 
+class FailsOnce(Callback):
+    """Fails where there is no file, and leaves one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if not self.path.exists():
+            self.path.touch()
+            raise RuntimeError("for the first time")
+
+
+class Prints(Callback):
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        print(self.text)
+
+
 class Interrupts(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         raise KeyboardInterrupt
@@ -165,6 +185,18 @@ class Meets(Callback):
         while len(list(self.path.iterdir())) < self.others:
             if time.monotonic() > deadline:
                 raise RuntimeError("nobody came")
+            time.sleep(0.02)
+
+
+class WaitsFor(Callback):
+    """Begins to train when there is a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        deadline = time.monotonic() + 120
+        while not self.path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
