@@ -174,8 +174,9 @@ def test_runs_end_when_the_command_is_gone(command):
     assert soon(lambda: not any(map(alive, runs)))
 
 
-def test_a_metric_that_nobody_logs_ends_runs_that_go_on(place):
+def test_a_metric_that_nobody_logs_ends_runs_that_go_on(place, monkeypatch):
     """The second would wait for ever."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
     variants = {"waits": {"callbacks": [toy("WaitsFor", path=str(place.path / "never"))]}}
     with pytest.raises(SystemExit):
         place.compare("--jobs=2", "--seeds=0", variants=variants, metric="tset_error")
