@@ -1,6 +1,7 @@
 """`lightning-aux compare`: every run in a process of its own, one at a time or several at once."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -99,6 +100,7 @@ def test_every_run_has_a_process_and_the_environment_of_the_command(place, monke
         place.compare("--fresh", set={"trainer.callbacks": callbacks})
     runs = found(said)
     assert [run["TOY"] for run in runs] == ["one", "one", "two", "two"]
+    assert {run["start_method"] for run in runs} == {multiprocessing.get_start_method()}
     assert len({run["pid"] for run in runs} | {os.getpid()}) == 5
 
 
@@ -150,6 +152,7 @@ def test_peak_memory_is_that_of_training_and_shown_beside_time(place, capsys):
     place.compare("--seeds=0", variants=variants)
     base, large = (place.result(name, 0) for name in ("baseline", "large"))
     assert large["peak_bytes"] - base["peak_bytes"] == pytest.approx(300e6, rel=0.1)
+    assert base["peak_bytes"] < 150e6, "what the process has before is not counted"
     assert base["device"] == "cpu"
     (row,) = [row for row in place.rows("summary.csv") if row["variant"] == "large"]
     ratio = large["peak_bytes"] / base["peak_bytes"]
@@ -177,9 +180,18 @@ def test_runs_end_when_the_command_is_gone(command):
 def test_a_metric_that_nobody_logs_ends_runs_that_go_on(place, monkeypatch):
     """The second would wait for ever."""
     monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    said = place.path / "said"
     variants = {"waits": {"callbacks": [toy("WaitsFor", path=str(place.path / "never"))]}}
+    both = [toy("Says", path=str(said)), toy("Meets", path=str(place.path / "here"), others=2)]
     with pytest.raises(SystemExit):
-        place.compare("--jobs=2", "--seeds=0", variants=variants, metric="tset_error")
+        place.compare(
+            *("--jobs=2", "--seeds=0"),
+            variants=variants,
+            metric="tset_error",
+            set={"trainer.callbacks": both},
+        )
+    assert len(found(said)) == 2
+    assert not any(alive(run["pid"]) for run in found(said))
     assert not (place.run_directory("waits", 0) / "result.json").exists()
 
 

@@ -1,6 +1,7 @@
 """A model and data of a few milliseconds, and callbacks that disturb a run, for `compare`."""
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -165,6 +166,7 @@ class Says(Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         found = {"threads": torch.get_num_threads(), "pid": os.getpid()}
+        found["start_method"] = multiprocessing.get_start_method()
         names = ("CUDA_VISIBLE_DEVICES", "TOY")
         found |= {name: os.environ.get(name) for name in names}
         with self.path.open("a") as file:
