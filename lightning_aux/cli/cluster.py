@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.training_run import TrainingRun
@@ -21,6 +22,7 @@ from lightning_aux.comparison import JOB_FILE, ComparisonError, RunResult
 
 ClusterName = Literal["slurm", "local", "debug"]
 SECONDS_BETWEEN_LOOKS = 1.0
+_JOBS = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
 # Nobody else needs the slots of this machine; submitit's own two minutes would end real runs.
 _LOCAL_MINUTES = 7 * 24 * 60
 
@@ -97,8 +99,8 @@ class Cluster:
         except (KeyboardInterrupt, GeneratorExit):
             if self.name == "slurm":
                 progress.console.print(
-                    f"\n{_count(jobs)} on: {_ids(jobs)}\nThe same command waits for them again; "
-                    f"`scancel {' '.join(sorted({_main_id(job) for _, job in jobs}))}` ends them."
+                    f"\n{_count(jobs)} left on the cluster. The same command waits for them again, "
+                    f"`scancel {' '.join(job.job_id for _, job in jobs)}` ends them."
                 )
             else:
                 for _, job in jobs:
@@ -115,7 +117,7 @@ class Cluster:
         try:
             with self.executor.batch():
                 jobs = [(run, self.executor.submit(_train, run)) for run in runs]
-        except submitit.core.utils.FailedJobError as error:
+        except (FailedJobError, FailedSubmissionError) as error:
             raise ComparisonError(f"--cluster {self.name}: not submitted: {error}") from error
         for run, job in jobs:
             record = {"cluster": self.name, "job_id": job.job_id, "fingerprint": run.fingerprint}
@@ -131,20 +133,19 @@ class Cluster:
             name, job_id, fingerprint = (record[k] for k in ("cluster", "job_id", "fingerprint"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if name != self.name or name == "debug":
+        if name != self.name or name not in _JOBS:
             return None
-        job: submitit.Job[None] = self.executor._executor.job_class(self.executor.folder, job_id)
-        if self._ended(job, look=True):
+        job: submitit.Job[None] = _JOBS[name](self.executor.folder, job_id)
+        if self._ended(job):
             return None
         if adopt and fingerprint == run.fingerprint:
             return job
         self._cancel(job)
         return None
 
-    def _ended(self, job: submitit.Job[None], look: bool = False) -> bool:
-        if self.name == "local" and job._process is None:  # type: ignore[attr-defined]
-            return not _is_controller(int(job.job_id))
-        return job.done(force_check=look)
+    def _ended(self, job: submitit.Job[None]) -> bool:
+        # submitit takes a local job that another command has started for one that has ended
+        return job.done() and not (self.name == "local" and _is_controller(int(job.job_id)))
 
     def _state(self, job: submitit.Job[None]) -> str:
         if self.name == "local":
@@ -184,10 +185,6 @@ def _is_controller(pid: int) -> bool:
         return False
     except OSError:  # no such files here
         return True
-
-
-def _main_id(job: submitit.Job[None]) -> str:
-    return job.job_id.partition("_")[0]
 
 
 def _ids(jobs: Sequence[tuple[TrainingRun, submitit.Job[None]]]) -> str:

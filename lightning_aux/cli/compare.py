@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -35,6 +35,9 @@ from lightning_aux.report.comparison_page import comparison_page
 from lightning_aux.report.figures import LIGHT, draw_curves, draw_differences, png
 from lightning_aux.report.page import REPORT_FILE
 from lightning_aux.report.wording import remarks
+
+if TYPE_CHECKING:
+    from lightning_aux.cli.cluster import Cluster
 
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
@@ -66,10 +69,11 @@ def compare(args: Sequence[str]) -> int:
             options.output
             or Path("runs") / options.config.resolve().parent.name / options.config.stem
         )
+        cluster = _cluster(options, directory)
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
         write_comparison(directory, comparison)
-        results = _train(comparison, directory, options, console)
+        results = _train(comparison, directory, options, cluster, console)
         _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -175,8 +179,20 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=120)
 
 
+def _cluster(options: argparse.Namespace, directory: Path) -> Cluster | None:
+    if options.cluster is None:
+        return None
+    from lightning_aux.cli.cluster import Cluster  # needs a package that nothing else needs
+
+    return Cluster(options.cluster, dict(options.cluster_set), directory / "jobs")
+
+
 def _train(
-    comparison: Comparison, directory: Path, options: argparse.Namespace, console: Console
+    comparison: Comparison,
+    directory: Path,
+    options: argparse.Namespace,
+    cluster: Cluster | None,
+    console: Console,
 ) -> list[RunResult]:
     """All results, kept ones included. Seeds outside, so that variants share slow periods."""
     runs = [
@@ -199,15 +215,12 @@ def _train(
             "--fresh runs them again."
         )
     at_once = min(options.jobs, len(pending)) or 1
-    alone = at_once == 1 if options.cluster is None else options.cluster == "debug"
+    alone = at_once == 1 if cluster is None else cluster.name == "debug"
     pending = [replace(run, alone=alone) for run in pending]
-    progress = RunProgress(console, pending, kept=len(results), at_once=at_once)
-    if options.cluster is None:
+    progress = RunProgress(console, pending, len(results), None if cluster else at_once)
+    if cluster is None:
         ending = train_in_processes(pending, at_once, progress)
     else:
-        from lightning_aux.cli.cluster import Cluster
-
-        cluster = Cluster(options.cluster, dict(options.cluster_set), directory / "jobs")
         ending = cluster.train(pending, adopt=not options.fresh, progress=progress)
     with progress, contextlib.closing(ending):
         for result in ending:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -19,11 +20,15 @@ class PeakMemory:
     that it began with: on Linux the high-water mark `VmHWM`, which is set back to the present size
     where the kernel allows it (`/proc/self/clear_refs`), less `VmRSS` at the start; on other Unix
     systems the growth of `ru_maxrss`, which is less where the process was larger before. It is that
-    of one process: what loader workers hold is not in it. On other accelerators and on Windows it
-    is not known.
+    of this process alone: what loader workers hold is not in it. On other accelerators, on
+    Windows, and for a second run on the CPU in one process it is not known.
     """
 
+    _began: ClassVar[bool] = False
+
     def __init__(self) -> None:
+        # what an earlier run has left behind would be used again and not be seen
+        self._first, PeakMemory._began = not PeakMemory._began, True
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):
@@ -35,7 +40,7 @@ class PeakMemory:
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         after = _status("VmHWM") if _STATUS.exists() else _largest_resident_set()
-        if device.type != "cpu" or after is None or self._before is None:
+        if device.type != "cpu" or not self._first or after is None or self._before is None:
             return None
         return max(after - self._before, 0)
 

@@ -120,6 +120,7 @@ def _train(
     log = os.open(run.directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -34,11 +34,11 @@ class RunProgress:
         console: Where to write.
         pending: Every run that will be trained.
         kept: Number of runs that were finished before.
-        at_once: How many are trained at a time.
+        at_once: How many are trained at a time; None if others decide, and time left is unknown.
     """
 
     def __init__(
-        self, console: Console, pending: Sequence[TrainingRun], kept: int, at_once: int = 1
+        self, console: Console, pending: Sequence[TrainingRun], kept: int, at_once: int | None = 1
     ) -> None:
         self.console = console
         self.waiting = [(run.variant.name, run.seed) for run in pending]
@@ -97,12 +97,13 @@ class RunProgress:
             self.bar.remove_task(shown.task)
         else:
             self.waiting.remove(key)
-        self.durations.append((result.variant, result.seconds))
+        if not result.error:
+            self.durations.append((result.variant, result.seconds))
         self.done += 1
         value = result.metrics.get(metric, math.nan)
         said = f"failed: {result.error}" if result.error else f"{metric} {value:.4g}"
-        seconds_left = self.seconds_left()
-        left = f", {_duration(seconds_left)} left" if self.waiting or self.running else ""
+        known = self.at_once is not None and (self.waiting or self.running)
+        left = f", {_duration(self.seconds_left())} left" if known else ""
         line = f"{self.done:>3}/{self.total}  {result.variant} · seed {result.seed}  {said}"
         style = "red" if result.error else ""
         took = f"  ({_duration(result.seconds)}{left})"
@@ -134,7 +135,7 @@ class RunProgress:
             left.append(None if whole is None else whole * (1 - each.fraction))
         times = [*left, *(expected(variant) for variant, _ in self.waiting)]
         known_times = [seconds for seconds in times if seconds is not None]
-        if len(known_times) < len(times):
+        if len(known_times) < len(times) or self.at_once is None:
             return None
         longest = max(known_times, default=0.0)
         return max(sum(known_times) / self.at_once, longest)

@@ -27,6 +27,7 @@ _KEYS = {"recipe": str, "callbacks": list, "set": dict, "grid": dict}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.=+-]+")
 _LONGEST_VALUE = 40
+_LONGEST_NAME = 200  # most file systems allow 255 bytes
 # Arguments of `fit` itself that a printed config contains; a comparison trains from scratch.
 _FIT_ARGUMENTS = ("ckpt_path", "weights_only", "wandb", "seed_everything")
 # What a run shows or where it writes is decided by the comparison.
@@ -73,6 +74,12 @@ def drafts(written: Mapping[Any, Any], path: Path) -> list[Draft]:
             Draft("-".join([name, *labels]), name, {**changes, "grid": point} if point else changes)
             for labels, point in _points(changes.get("grid") or {}, where)
         ]
+    for draft in found:
+        if len(draft.name) > _LONGEST_NAME:
+            raise ComparisonError(
+                f"{_where(path, draft.written)}: a folder cannot be named '{draft.name}': "
+                "use fewer keys or shorter values in one grid."
+            )
     return found
 
 
@@ -107,11 +114,12 @@ def _points(grid: dict[Any, Any], where: str) -> list[tuple[list[str], dict[str,
         if not isinstance(values, list) or not values:
             raise ComparisonError(f"{where}: grid: '{key}' is a list of values, not {values!r}.")
     keys = [str(key) for key in grid]
-    short = [key.rpartition(".")[2] for key in keys]
-    labels = [
-        last if short.count(last) == 1 else _NOT_IN_NAMES.sub("_", ".".join(key.split(".")[-2:]))
-        for key, last in zip(keys, short, strict=True)
+    parts = [
+        [_NOT_IN_NAMES.sub("_", part) for part in key.split(".") if part != "init_args"] or [key]
+        for key in keys
     ]
+    last = [each[-1] for each in parts]
+    labels = [each[-1] if last.count(each[-1]) == 1 else ".".join(each) for each in parts]
     choices = [
         [(f"{label}={text}", value) for text, value in zip(_texts(values), values, strict=True)]
         for label, values in zip(labels, grid.values(), strict=True)
@@ -125,8 +133,9 @@ def _points(grid: dict[Any, Any], where: str) -> list[tuple[list[str], dict[str,
 def _texts(values: list[Any]) -> list[str]:
     """The values as parts of a name, numbered where two would read the same."""
     texts = [_text(value) for value in values]
+    alike = [text.casefold() for text in texts]  # as some file systems see them
     return [
-        text if texts.count(text) == 1 else f"{text}.{position}"
+        text if alike.count(text.casefold()) == 1 else f"{text}.{position}"
         for position, text in enumerate(texts, start=1)
     ]
 

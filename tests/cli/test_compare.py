@@ -1,7 +1,5 @@
 """`lightning-aux compare`: paired runs, kept results, failures that stay local, clear errors."""
 
-import csv
-import json
 import os
 import re
 import signal
@@ -14,55 +12,9 @@ import pytest
 import yaml
 from scipy.stats import ttest_rel
 
-from lightning_aux.cli import main
+from tests.cli.comparing import BASE, toy
 
 ROOT = Path(__file__).parents[2]
-BASE = {
-    "model": {"class_path": "tests.cli.toy.ToyModel"},
-    "data": {"class_path": "tests.cli.toy.ToyData"},
-    "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1},
-}
-
-
-def toy(name, **init_args):
-    return {"class_path": f"tests.cli.toy.{name}", "init_args": init_args}
-
-
-class Workplace:
-    """A folder with a base config; `compare` writes a compare file there and runs it."""
-
-    def __init__(self, path):
-        self.path = path
-        self.output = path / "out"
-        self.content = {"base": "base.yaml", "seeds": [0, 1], "metric": "test_error", "mode": "min"}
-        self.write_base(BASE)
-
-    def write_base(self, base):
-        (self.path / "base.yaml").write_text(yaml.safe_dump(base))
-
-    def write(self, **content):
-        file = self.path / "compare.yaml"
-        file.write_text(yaml.safe_dump({**self.content, **content}))
-        return ["compare", f"--config={file}", "--output", str(self.output)]
-
-    def compare(self, *flags, **content):
-        return main([*self.write(**content), *flags])
-
-    def result(self, variant, seed):
-        return json.loads((self.run_directory(variant, seed) / "result.json").read_text())
-
-    def run_directory(self, variant, seed):
-        return self.output / "runs" / variant / f"seed{seed}"
-
-    def rows(self, name):
-        with (self.output / name).open() as file:
-            return list(csv.DictReader(file))
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return Workplace(tmp_path)
 
 
 def test_a_seed_fixes_initialisation_and_order_for_every_variant(place):

@@ -1,6 +1,7 @@
 """A model and data of a few milliseconds, and callbacks that disturb a run, for `compare`."""
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -122,6 +123,26 @@ class Dies(Callback):
         os._exit(self.how)
 
 
+class FailsOnce(Callback):
+    """Fails where there is no file, and leaves one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if not self.path.exists():
+            self.path.touch()
+            raise RuntimeError("for the first time")
+
+
+class Prints(Callback):
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        print(self.text)
+
+
 class Interrupts(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         raise KeyboardInterrupt
@@ -145,6 +166,7 @@ class Says(Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         found = {"threads": torch.get_num_threads(), "pid": os.getpid()}
+        found["start_method"] = multiprocessing.get_start_method()
         names = ("CUDA_VISIBLE_DEVICES", "TOY")
         found |= {name: os.environ.get(name) for name in names}
         with self.path.open("a") as file:
@@ -165,6 +187,18 @@ class Meets(Callback):
         while len(list(self.path.iterdir())) < self.others:
             if time.monotonic() > deadline:
                 raise RuntimeError("nobody came")
+            time.sleep(0.02)
+
+
+class WaitsFor(Callback):
+    """Begins to train when there is a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        deadline = time.monotonic() + 120
+        while not self.path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
 
 

@@ -1,12 +1,21 @@
-"""The interval is the paired t test's, and the verdict follows from where it lies."""
+"""Intervals and p values are those of other implementations; the verdict follows from them."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import bootstrap, ttest_rel
 
-from lightning_aux.comparison.statistics import PairedDifference, paired_difference, spread, verdict
+from lightning_aux.comparison.statistics import (
+    PairedDifference,
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    spread,
+    verdict,
+)
+from tests.comparison.coverage import coverage
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
@@ -21,6 +30,75 @@ def test_interval_is_that_of_the_paired_t_test(seeds, level):
 
     assert difference.mean == pytest.approx((values - reference).mean())
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_p_is_that_of_the_paired_t_test(seeds):
+    rng = np.random.default_rng(seeds)
+    reference = rng.normal(size=seeds)
+    values = reference + rng.normal(0.3, 0.5, size=seeds)
+    found = paired_difference(values.tolist(), reference.tolist())
+    assert found.p == pytest.approx(ttest_rel(values, reference).pvalue)
+    assert found.p_adjusted == found.p, "one variant needs no correction"
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.0, 1.0), (0.25, 0.0)])
+def test_equal_differences_leave_no_doubt(difference, p):
+    found = paired_difference([1 + difference] * 3, [1.0] * 3)
+    assert (found.p, found.low, found.high) == (p, difference, difference)
+    assert (found.boot_low, found.boot_high) == (difference, difference)
+
+
+@pytest.mark.parametrize(("n", "level"), [(2, 0.95), (3, 0.95), (3, 0.9), (4, 0.8)])
+def test_bootstrap_of_few_seeds_is_that_of_all_resamples(n, level):
+    """All of them, written out; the quantiles by counting."""
+    differences = np.random.default_rng(n).normal(size=n).tolist()
+    means = sorted(sum(resample) / n for resample in itertools.product(differences, repeat=n))
+    outside = (1 - level) / 2
+    low = next(m for i, m in enumerate(means, 1) if i / len(means) >= outside)
+    high = next(m for i, m in enumerate(means, 1) if i / len(means) >= 1 - outside)
+    assert bootstrap_interval(differences, level) == pytest.approx((low, high))
+
+
+def test_bootstrap_of_many_seeds_is_that_of_scipy():
+    differences = np.random.default_rng(0).exponential(size=12)
+    expected = bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=50_000, rng=1
+    ).confidence_interval
+    found = bootstrap_interval(differences.tolist())
+    assert found == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert bootstrap_interval(differences.tolist()) == found
+
+
+def by_hand(p_values):
+    """Holm's procedure as it is written: reject step by step, at every level that is asked."""
+    adjusted = dict.fromkeys(range(len(p_values)), 1.0)
+    order = sorted(adjusted, key=lambda i: p_values[i])
+    for level in np.linspace(0.999, 0.001, 999):
+        for step, i in enumerate(order):
+            if p_values[i] > level / (len(order) - step):
+                break
+            adjusted[i] = level
+    return [adjusted[i] for i in range(len(p_values))]
+
+
+@pytest.mark.parametrize(
+    "p_values", [[0.01], [0.04, 0.01, 0.03, 0.005], [0.02, 0.02, 0.9], [0.5, 0.4]]
+)
+def test_holm_rejects_at_a_level_what_the_procedure_rejects(p_values):
+    assert holm(p_values) == pytest.approx(by_hand(p_values), abs=0.0011)
+
+
+def test_holm_does_not_count_what_is_no_test():
+    found = holm([math.nan, 0.02, 0.03])
+    assert math.isnan(found[0])
+    assert found[1:] == holm([0.02, 0.03]) == [0.04, 0.04]
+
+
+def test_the_t_interval_covers_what_it_promises_and_the_bootstrap_less():
+    student, bootstrap_share = coverage("normal", 3, 1500)
+    assert student == pytest.approx(0.95, abs=0.02)
+    assert bootstrap_share == pytest.approx(0.75, abs=0.04), "1 - 2 / 2^3: the range of three"
 
 
 def test_spread_that_all_variants_share_cancels():
