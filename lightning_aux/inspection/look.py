@@ -205,7 +205,8 @@ class _Look(Attached):
         if fitting:
             taps = " or ".join(f"Taps(target={path!r})" for path in fitting)
             place = self.bindings.index(target)
-            self.bindings[place] = replace(target, error=f"{target.error} It may be {taps}.")
+            said, _, _ = target.error.partition(" Name one by")
+            self.bindings[place] = replace(target, error=f"{said} It may be {taps}.")
 
     def _layout(self, step: Step, target: Tensor | None, mask: Tensor | None) -> Iterator[Leaf]:
         try:
