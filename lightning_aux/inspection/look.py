@@ -174,6 +174,9 @@ class _Look(Attached):
 
     def _model_call(self, engine: Engine) -> Binding:
         call = engine.model_call
+        if engine.locations.forward is not None:
+            where = tap_name(engine.locations.forward)
+            return Binding("model", where, why="by Taps: what a teacher runs again")
         if "does not call self" in call.where:
             return Binding("model", "", error=call.where)
         return Binding("model", call.where, why=call.doubt or "what a teacher runs again")

@@ -200,9 +200,9 @@ def to_run(page: Path, block: Block) -> Iterator[list[str]]:
     titled = any(each.title for each in all_blocks(page))
     if block.reason is None and block.language == "sh":
         for words in commands(block):
-            if words[0] == "lightning-aux" and not any(map(is_placeholder, words)):
-                if titled or words[1] in QUICK:
-                    yield words[1:]
+            complete = words[0] == "lightning-aux" and not any(map(is_placeholder, words))
+            if complete and (titled or words[1] in QUICK):
+                yield words[1:]
 
 
 def with_commands() -> list[Any]:
