@@ -179,10 +179,9 @@ def _glance(compared: Sequence[tuple[Recipe, list[Result]]]) -> str:
     for recipe, found in compared:
         counts = sum((each.verdicts for each in found), Counter[str]())
         shown = [str(counts[each]) for each in VERDICTS] if counts else ["–"] * 3
-        said = "" if counts["better"] or not counts else "nothing helped"
-        link = f"[{recipe.question}](#{recipe.anchor})"
-        rows.append([link, *shown, said])
-    return _table(["asks", *VERDICTS, ""], rows)
+        said = "" if counts["better"] or not counts else " **Nothing helped.**"
+        rows.append([f"[{recipe.question}](#{recipe.anchor}){said}", *shown])
+    return _table(["", "better", "open", "worse"], rows)
 
 
 def _section(recipe: Recipe, found: Sequence[Result]) -> str:
