@@ -24,8 +24,9 @@ scikit-learn's digits. Run them from the root of a checkout, after `pip install 
 '.[recipes]'`; everything is written below `runs/`. Each is a file to copy from: a configuration of
 `lightning-aux fit`, or a comparison for `lightning-aux compare`."""
 READING = """This page is written from the recipes and from kept results by `python -m
-recipes.evidence`. What does not help is here too. A difference is **better** or *worse* where its
-95 % interval, paired by seed, leaves out zero; the intervals are not corrected for their number.
+recipes.evidence`. What does not help is here too. **Better** and *worse* are what
+`lightning-aux compare` says of a difference that is paired by seed; in tables that are taken over
+from another page, that its 95 % interval leaves out zero, whatever the number of intervals.
 Seeds, settings and the machine are on [the page of evidence](evidence.md). All tasks are small:
 whether something helps you is what [a comparison on your own module](getting-started.md) says."""
 TRAININGS = """Their methods are compared above; these are the configurations to begin from."""
