@@ -14,7 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from lightning_aux.engine.distributed import data_rank, data_ranks, gather_rows, processes
 from lightning_aux.engine.errors import AuxiliaryError
 from lightning_aux.engine.random_states import RandomStates
-from lightning_aux.engine.taps import Locations, Tap, describe, find_logits, find_target, key_path
+from lightning_aux.engine.taps import (
+    Locations,
+    Tap,
+    describe,
+    example_of_target,
+    find_logits,
+    find_target,
+    key_path,
+)
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -305,7 +313,8 @@ class Pass:
         if found is None:
             raise AuxiliaryError(
                 f"{self._asked_by}: the batch has no target: it is {describe(self.batch)}. Name "
-                f"one by key path, for example Taps(target='1') or Taps(target='batch.labels')."
+                f"one by its key path, for example "
+                f"Taps(target={example_of_target(self.batch)!r})."
             )
         self._origin.say("target", found[1])
         return self._tensor(found[0], "target", found[1])

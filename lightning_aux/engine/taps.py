@@ -157,6 +157,17 @@ def find_target(batch: Any) -> tuple[Any, str] | None:
     return None
 
 
+def example_of_target(batch: Any) -> str:
+    """A key path for a message: the first key that is called like a target, or one of the usual."""
+    if isinstance(batch, Mapping):
+        names = TARGET_KEYS[:-1]
+        for key in batch:
+            if isinstance(key, str) and any(name in key.lower() for name in names):
+                return key
+        return TARGET_KEYS[0]
+    return "1" if isinstance(batch, Sequence | Tensor) else TARGET_KEYS[0]
+
+
 def _is_position(part: str, sequence: Sequence[Any]) -> bool:
     return part.lstrip("-").isdigit() and -len(sequence) <= int(part) < len(sequence)
 

@@ -324,7 +324,13 @@ def _of_predictions(
     `logs` both get q and p.
     """
 
-    def make(temperature: float, dim: int, binary: bool, _: int) -> Measure:
+    def make(temperature: float, dim: int, binary: bool, width: int) -> Measure:
+        if width == 1 and not binary:
+            raise ValueError(
+                "there is one class, which has probability 1 whatever its logit: compare the "
+                "values themselves (divergence 'mse'), or say binary=True where each logit is a "
+                "prediction of its own"
+            )
         factor, classes = temperature**power, _Classes(dim, binary)
 
         def soften(logits: Tensor) -> Tensor:

@@ -174,6 +174,9 @@ class _Look(Attached):
 
     def _model_call(self, engine: Engine) -> Binding:
         call = engine.model_call
+        if engine.locations.forward is not None:
+            where = tap_name(engine.locations.forward)
+            return Binding("model", where, why="by Taps: what a teacher runs again")
         if "does not call self" in call.where:
             return Binding("model", "", error=call.where)
         return Binding("model", call.where, why=call.doubt or "what a teacher runs again")
@@ -205,7 +208,8 @@ class _Look(Attached):
         if fitting:
             taps = " or ".join(f"Taps(target={path!r})" for path in fitting)
             place = self.bindings.index(target)
-            self.bindings[place] = replace(target, error=f"{target.error} It may be {taps}.")
+            said, _, _ = target.error.partition(" Name one by")
+            self.bindings[place] = replace(target, error=f"{said} It may be {taps}.")
 
     def _layout(self, step: Step, target: Tensor | None, mask: Tensor | None) -> Iterator[Leaf]:
         try:

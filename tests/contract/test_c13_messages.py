@@ -121,6 +121,17 @@ def test_a_batch_without_a_target_says_what_it_is_instead(key: str | None, found
     assert steps == 0
 
 
+def test_a_key_that_is_called_like_a_label_is_named_as_the_example() -> None:
+    added = [EMATeacher(), SelfDistillation(only_correct=True)]
+
+    class Labelled(Inputs):
+        def __getitem__(self, index: int) -> Any:
+            return {"x": self.x[index], "churn_label": 0}
+
+    message, _ = refusal(seeded(Unsupervised), added, DataLoader(Labelled(), batch_size=8))
+    assert "for example Taps(target='churn_label')." in message
+
+
 def test_a_key_path_that_ends_early_says_where_it_ends() -> None:
     added = [EMATeacher(), SelfDistillation(only_correct=True), Taps(target="graph.y")]
     message, _ = refusal(seeded(Classifier), added)

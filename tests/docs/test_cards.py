@@ -1,11 +1,14 @@
 """Every method that can be attached has a card, and every card answers the same questions."""
 
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lightning_aux
+from lightning_aux.cli.catalogue import COSTS, NEEDS, catalogue
 
 DOCS = Path(__file__).parents[2] / "docs"
 CARDS = sorted(path for path in DOCS.glob("cards/*.md") if path.stem != "index")
@@ -49,3 +52,25 @@ def test_every_public_name_is_in_the_documentation(name: str) -> None:
 def test_every_formula_has_a_docstring_to_show(name: str) -> None:
     formula = getattr(lightning_aux.functional, name)
     assert not callable(formula) or formula.__doc__
+
+
+def test_the_site_groups_the_cards_as_the_command_does() -> None:
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    shown = hooks["families"](SimpleNamespace(docs_dir=str(DOCS)))
+    names = {
+        family.lower(): [hooks["title_and_summary"](path)[0] for path in cards]
+        for family, cards in shown.items()
+    }
+    listed: dict[str, list[str]] = {}
+    for each in catalogue():
+        listed.setdefault(each.kind, []).append(each.name)
+    assert {family: sorted(cards) for family, cards in names.items()} == {
+        family: sorted(cards) for family, cards in listed.items()
+    }
+
+
+def test_a_card_says_what_a_step_costs_and_what_is_needed_in_known_words() -> None:
+    for each in catalogue():
+        assert set(each.needs) <= set(NEEDS), each.name
+        assert each.cost, each.name
+        assert set(each.cost) <= set(COSTS), each.name

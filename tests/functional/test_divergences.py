@@ -508,3 +508,12 @@ def test_bad_input_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         call(DIVERGENCES[name])
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "js", "alpha", "tv"])
+def test_one_class_is_refused_since_its_probability_never_changes(name: str) -> None:
+    student, teacher = torch.randn(2, 5, 1)
+    with pytest.raises(ValueError, match="one class"):
+        DIVERGENCES[name](student, teacher)
+    assert DIVERGENCES[name](student, teacher, binary=True) > 0
+    assert DIVERGENCES["mse"](student, teacher) > 0

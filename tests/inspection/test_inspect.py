@@ -67,6 +67,16 @@ def keyed_batch() -> dict[str, Any]:
     return {"x": x, "answer": {"class": y}}
 
 
+def in_parts(module: L.LightningModule, batch: Any) -> Tensor:
+    return module.classifier(module.encoder(batch[0]))
+
+
+def test_a_model_that_taps_run_is_named_after_the_function() -> None:
+    taps = aux.Taps(logits="classifier", forward=in_parts)
+    model = aux.inspect(Classifier(), rows(), [taps], steps=0).binding("model")
+    assert (model.where, model.error) == ("in_parts", None)
+
+
 def test_the_tree_has_paths_types_shapes_and_counts() -> None:
     found = aux.inspect(Classifier(dropout=0.25), rows(), steps=0)
     assert [(each.path, each.type, each.parameters) for each in found.modules] == [
