@@ -73,7 +73,8 @@ def draw(chart: Chart, reference: int | None = None) -> Drawn:
     figure, axes = canvas(*SMALL, PAGE)
     for line in chart.lines:
         colour, dash = _style(line.place, reference)
-        if line.seeds > 1:
+        dash = "--" if line.dashed else dash
+        if line.seeds > 1 and not line.dashed:
             band = axes.fill_between(
                 line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0
             )
