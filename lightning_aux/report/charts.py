@@ -27,7 +27,8 @@ NOTES = {
     TERMS: "The user's loss, the total that is trained, and every term before its weight.",
     WEIGHTS: "The factor of each term.",
     GRADIENTS: "The gradient of the loss beside that of each weighted term: norms, their ratio, "
-    "and the cosine between them. Below 0 the term pulls against the loss. Dashed: of the loss.",
+    "and the cosine between them. Below 0 the term pulls against the loss. "
+    "Of two norms in one colour the dashed one is that of the loss.",
     TEACHERS: "How far the teacher's weights are from the model's: ‖θ_T − θ‖ / ‖θ‖.",
     SCHEDULES: "What schedules drove, learning rates, and what else callbacks measured.",
 }
@@ -167,7 +168,9 @@ def _ordered(names: Sequence[str], first: Sequence[str] = ()) -> list[str]:
 
 def _kind(name: str) -> int:
     """Norms before ratios before cosines, so that what is compared stands side by side."""
-    kinds = ("norm", "ratio", "cosine")
+    kinds = ("main_norm", "norm", "ratio", "cosine")
+    if name.endswith("/main_norm"):
+        return 0
     kind = name.rpartition("_")[2] if name.count("/") > 1 else ""
     return kinds.index(kind) if kind in kinds else -1
 
