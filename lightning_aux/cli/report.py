@@ -56,7 +56,7 @@ def page_of(folder: Path) -> str:
     hint = f" There are runs below it: {', '.join(map(str, inside[:3]))}." if inside else ""
     raise AuxiliaryError(
         f"report: {folder} is neither a comparison ({COMPARISON_FILE}) nor a run ({METRICS_FILE}, "
-        f"which CSVLogger writes).{hint}"
+        f"which CSVLogger writes, or {' or '.join(CONFIGS)}).{hint}"
     )
 
 

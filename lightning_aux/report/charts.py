@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from lightning_aux.report.logs import Log, Numbers, Series
 
 POINTS = 200
 """Points of a line that a page holds at most, a lowest and a highest one of each stretch."""
+
+LARGEST = 1e300
+"""What is larger is drawn as a gap, as infinity is: an axis that holds it has no ticks."""
 
 CURVES = "Learning curves"
 TERMS = "Loss and terms"
@@ -24,7 +27,8 @@ NOTES = {
     TERMS: "The user's loss, the total that is trained, and every term before its weight.",
     WEIGHTS: "The factor of each term.",
     GRADIENTS: "The gradient of the loss beside that of each weighted term: norms, their ratio, "
-    "and the cosine between them. Below 0 the term pulls against the loss.",
+    "and the cosine between them. Below 0 the term pulls against the loss. "
+    "Of two norms in one colour the dashed one is that of the loss.",
     TEACHERS: "How far the teacher's weights are from the model's: ‖θ_T − θ‖ / ‖θ‖.",
     SCHEDULES: "What schedules drove, learning rates, and what else callbacks measured.",
 }
@@ -42,6 +46,7 @@ class Line:
         low: Lowest seed.
         high: Highest seed.
         seeds: How many there are.
+        dashed: Whether it is what another line of its colour is to be compared with.
     """
 
     label: str
@@ -51,6 +56,7 @@ class Line:
     low: Numbers
     high: Numbers
     seeds: int
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +103,25 @@ def charts_of_comparison(
         if group is None:
             continue
         found = {
-            (variant, place): [log.series[name] for log in runs.values() if name in log.series]
+            (variant, place): _logged(runs, name)
             for place, (variant, runs) in enumerate(logs.items())
         }
         series = {key: each for key, each in found.items() if each}
         axis = _axis(name, [one for each in series.values() for one in each])
         lines = [_line(variant, place, axis, each) for (variant, place), each in series.items()]
+        beside = _main_norm(name, group)
+        if beside is not None:
+            lines += [
+                replace(_line(f"{variant}, loss", place, axis, each), dashed=True)
+                for variant, place in series
+                if (each := _logged(logs[variant], beside))
+            ]
         grouped.setdefault(group, []).append(Chart(_title(name, names), axis, tuple(lines)))
     return [Group(title, tuple(grouped[title])) for title in NOTES if title in grouped]
+
+
+def _logged(runs: Mapping[int, Log], name: str) -> list[Series]:
+    return [log.series[name] for log in runs.values() if name in log.series]
 
 
 def charts_of_run(log: Log) -> list[Group]:
@@ -145,7 +162,23 @@ def _names(logs: Iterable[Log]) -> list[str]:
 def _ordered(names: Sequence[str], first: Sequence[str] = ()) -> list[str]:
     """With the metrics that matter and the loss before what is measured beside them."""
     ahead = [*first, "aux/main", "aux/total"]
-    return [name for name in ahead if name in names] + [n for n in names if n not in ahead]
+    rest = sorted((n for n in names if n not in ahead), key=_kind)  # sorting is stable
+    return [name for name in ahead if name in names] + rest
+
+
+def _kind(name: str) -> int:
+    """Norms before ratios before cosines, so that what is compared stands side by side."""
+    kinds = ("main_norm", "norm", "ratio", "cosine")
+    if name.endswith("/main_norm"):
+        return 0
+    kind = name.rpartition("_")[2] if name.count("/") > 1 else ""
+    return kinds.index(kind) if kind in kinds else -1
+
+
+def _main_norm(name: str, group: str) -> str | None:
+    """The norm of the loss's gradient, beside which that of a term is drawn."""
+    main = f"{name.rpartition('/')[0]}/main_norm"
+    return main if group == GRADIENTS and name.endswith("_norm") and name != main else None
 
 
 def _group(name: str, names: Sequence[str]) -> str | None:
@@ -201,7 +234,10 @@ def _axis(name: str, series: Sequence[Series]) -> str:
     """Epochs for what was logged once in each, else optimizer steps."""
     if name.startswith("aux/"):
         return "step"
-    once = all(len(np.unique(each.epochs)) == len(each.epochs) for each in series)
+    once = all(
+        np.isfinite(each.epochs).all() and len(np.unique(each.epochs)) == len(each.epochs)
+        for each in series
+    )
     return "epoch" if once else "step"
 
 
@@ -216,7 +252,7 @@ def _line(label: str, place: int, axis: str, series: Sequence[Series]) -> Line:
         by_place = [max(by_place, key=len)]
         common = sorted(by_place[0])
     values = np.array([[run[x] for x in common] for run in by_place])
-    values[~np.isfinite(values)] = np.nan
+    values[~(np.abs(values) < LARGEST)] = np.nan
     with warnings.catch_warnings():  # of a place where no seed is finite
         warnings.simplefilter("ignore", RuntimeWarning)
         mean, low, high = (reduce(values, axis=0) for reduce in (np.nanmean, np.nanmin, np.nanmax))

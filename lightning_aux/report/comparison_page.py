@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from lightning_aux.comparison import (
+    ERROR_FILE,
+    RESULT_FILE,
     Comparison,
     RunResult,
     VariantSummary,
@@ -42,8 +45,8 @@ def comparison_page(folder: Path) -> str:
     """
     comparison = read_comparison_of(folder)
     places = [(name, seed) for name in comparison.variants for seed in comparison.seeds]
-    found = {place: read_result(run_directory(folder, *place)) for place in places}
-    results = [result for result in found.values() if result is not None]
+    found = {place: _result(folder, comparison, *place) for place in places}
+    results = [result for result in found.values() if isinstance(result, RunResult)]
     logs = {
         name: {seed: read_log(run_directory(folder, name, seed)) for seed in comparison.seeds}
         for name in comparison.variants
@@ -53,6 +56,7 @@ def comparison_page(folder: Path) -> str:
     page = Page(comparison.title, names, names.index(comparison.reference))
     page.text([comparison.description, *_findings(comparison, summaries)])
     page.problems(_problems(comparison, found, logs))
+    page.section("Failed runs", _failures(folder, results))
     unit = Unit(comparison.decides.unit)
     page.section("Results", _table(comparison, summaries, results))
     page.chips()
@@ -66,7 +70,8 @@ def comparison_page(folder: Path) -> str:
             "The line is their mean, the bar its 95 % interval.",
         ),
     )
-    groups = charts_of_comparison(logs, [measure.metric for measure in comparison.measures])
+    drawn = {name: _drawn(runs, name, results) for name, runs in logs.items()}
+    groups = charts_of_comparison(drawn, [measure.metric for measure in comparison.measures])
     n = len(comparison.seeds)
     curve = _picture(
         lambda width: draw_curves(comparison, results, PAGE, width),
@@ -81,6 +86,46 @@ def comparison_page(folder: Path) -> str:
     page.groups(_without(groups, comparison.curve if curve else None))
     page.section("Settings", _settings(comparison, results))
     return page.html()
+
+
+def _result(folder: Path, comparison: Comparison, name: str, seed: int) -> RunResult | str:
+    """What a run left, or why there is nothing that may be compared."""
+    directory = run_directory(folder, name, seed)
+    file = (directory / RESULT_FILE).relative_to(folder)
+    if not (directory / RESULT_FILE).is_file():
+        begun = "begun and not finished" if directory.is_dir() else "not begun"
+        return f"{begun}, there is no {file}."
+    result = read_result(directory)
+    if result is None:
+        return f"{file} cannot be read."
+    if (result.variant, result.seed) != (name, seed):
+        return f"{file} is that of {result.variant}, seed {result.seed}; left out."
+    if result.fingerprint != comparison.variants[name].fingerprint(seed):
+        return f"{file} is that of another configuration than {name} has now; left out."
+    return result
+
+
+def _drawn(runs: Mapping[int, Log], name: str, results: Sequence[RunResult]) -> dict[int, Log]:
+    """The logs of the finished runs, which one that stopped would cut short; else all."""
+    finished = {run.seed for run in results if run.variant == name and not run.error}
+    return {seed: log for seed, log in runs.items() if seed in finished or not finished}
+
+
+def _failures(folder: Path, results: Sequence[RunResult]) -> str:
+    """The error of each failed run, and the traceback that it left."""
+    shown = []
+    for run in results:
+        if run.error:
+            shown.append(facts([(f"{run.variant}, seed {run.seed}", run.error)]))
+            path = run_directory(folder, run.variant, run.seed) / ERROR_FILE
+            if path.is_file():
+                text = path.read_text(encoding="utf-8", errors="replace").strip()
+                shown.append(details(str(path.relative_to(folder)), text))
+    return "".join(shown)
+
+
+def _lack(result: RunResult, metric: str) -> str:
+    return f"is {result.metrics[metric]}." if metric in result.metrics else "was not logged."
 
 
 def _findings(comparison: Comparison, summaries: Sequence[VariantSummary]) -> list[str]:
@@ -107,23 +152,26 @@ def _findings(comparison: Comparison, summaries: Sequence[VariantSummary]) -> li
 
 def _problems(
     comparison: Comparison,
-    found: Mapping[tuple[str, int], RunResult | None],
+    found: Mapping[tuple[str, int], RunResult | str],
     logs: Mapping[str, Mapping[int, Log]],
 ) -> list[str]:
     lines = []
     if len(comparison.seeds) == 1:
         lines.append("There is one seed only: differences have no interval, and may be chance.")
     for (name, seed), result in found.items():
-        if result is None:
-            lines.append(f"{name}, seed {seed}: not finished, or not begun.")
+        if isinstance(result, str):
+            lines.append(f"{name}, seed {seed}: {result}")
         elif result.error:
-            lines.append(f"{name}, seed {seed} failed: {result.error}")
-        for measure in comparison.measures:
-            if result and not result.error and measure.metric not in result.metrics:
-                lines.append(f"{name}, seed {seed}: {measure.metric} was not logged.")
+            lines.append(f"{name}, seed {seed} failed, see below.")
+        else:
+            lines += [
+                f"{name}, seed {seed}: {measure.metric} {_lack(result, measure.metric)}"
+                for measure in comparison.measures
+                if not math.isfinite(result.metrics.get(measure.metric, math.nan))
+            ]
     for name, runs in logs.items():
         for seed, log in runs.items():
-            if log.series or found[name, seed] is not None:
+            if log.series or isinstance(found[name, seed], RunResult):
                 lines += [f"{name}, seed {seed}: {problem}" for problem in log.problems]
     logged = {key for runs in logs.values() for log in runs.values() for key in log.series}
     if logged and not any(key.startswith("val") for key in logged):
@@ -159,7 +207,13 @@ def _table(
         *remarks(results),
     ]
     said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    shown = table(heads, rows, left=("verdict",)) + said
+    kept = [place for place in range(len(heads)) if any(row[place] != MISSING for row in rows)]
+    shown = table(
+        [heads[place] for place in kept],
+        [[row[place] for place in kept] for row in rows],
+        left=("verdict",),
+    )
+    shown += said
     if comparison.also:
         measures = [Unit(measure.unit).label(measure.metric) for measure in comparison.also]
         shown += "<h2>Other metrics</h2>" + table(["variant", *measures], others)

@@ -25,6 +25,7 @@ _COLOURS = {
 }
 _SERIES = tuple(f"#0a0c{place:02x}" for place in range(len(LIGHT.series)))
 PAGE = Theme(**_COLOURS, series=_SERIES)
+_STEPS = [1, 2, 2.5, 5, 10]  # round ticks
 SMALL = (4.4, 2.7)
 """Width and height of a chart in inches."""
 
@@ -73,7 +74,8 @@ def draw(chart: Chart, reference: int | None = None) -> Drawn:
     figure, axes = canvas(*SMALL, PAGE)
     for line in chart.lines:
         colour, dash = _style(line.place, reference)
-        if line.seeds > 1:
+        dash = "--" if line.dashed else dash
+        if line.seeds > 1 and not line.dashed:
             band = axes.fill_between(
                 line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0
             )
@@ -84,8 +86,8 @@ def draw(chart: Chart, reference: int | None = None) -> Drawn:
         drawn.set_gid(f"v{line.place}")
     axes.set_xlabel(chart.axis, fontsize=10.5)
     axes.tick_params(labelsize=10.5)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.grid(axis="y", color=PAGE.faint, linewidth=0.7)
     axes.margins(x=0.02)
     label = f"{chart.title} over {chart.axis}s"
@@ -109,7 +111,8 @@ def inline(figure: Figure, label: str) -> str:
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="v(\d+)"', r'class="v\1"', text)
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)
+    # Places only: a number that is text is read.
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     for name, colour in _COLOURS.items():

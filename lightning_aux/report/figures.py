@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_aux.comparison import Comparison, RunResult, VariantSummary
+from lightning_aux.report.charts import LARGEST
 from lightning_aux.report.units import Unit
 
 mpl.use("Agg")
@@ -75,18 +76,22 @@ def draw_curves(
     for name, line in lines.items():
         colour, dash = _style(comparison, name, theme)
         epochs, values = line[0], unit.factor * line[1:]
+        values[~(np.abs(values) < LARGEST)] = np.nan
         mean = values.mean(axis=0)
         gid = gid_of(comparison, name)
         low, high = values.min(axis=0), values.max(axis=0)
         axes.fill_between(epochs, low, high, color=colour, alpha=0.16, linewidth=0, gid=gid)
         axes.plot(epochs, mean, dash, color=colour, linewidth=2.2, label=name, gid=gid)
-        ends.append(_End(float(epochs[-1]), float(mean[-1]), name, colour, gid))
+        if (known := np.flatnonzero(np.isfinite(mean))).size:
+            end = known[-1]
+            ends.append(_End(float(epochs[end]), float(mean[end]), name, colour, gid))
     axes.set_xlabel("epoch")
     seeds = "one seed" if len(comparison.seeds) == 1 else f"mean of {len(comparison.seeds)} seeds"
     _title(axes, f"{unit.label(metric)}: {seeds}", theme)
     axes.grid(axis="y", color=theme.faint, linewidth=0.8)
     axes.margins(x=0.02)
-    _label_ends(axes, ends)
+    if width >= WIDE:  # elsewhere there is no room for them, and a legend
+        _label_ends(axes, ends)
     return figure
 
 

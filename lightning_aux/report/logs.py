@@ -22,7 +22,7 @@ class Series:
 
     Attributes:
         steps: Optimizer steps before it was logged, as Lightning counts them.
-        epochs: The epoch, from 0.
+        epochs: The epoch, from 0; NaN where the logger was not told, as by LearningRateMonitor.
         values: What was logged; may be NaN or infinite.
     """
 
@@ -73,7 +73,7 @@ def read_log(directory: Path) -> Log:
         if numbers is None:
             broken += 1
             continue
-        place = numbers["step"], numbers["epoch"]
+        place = numbers["step"], numbers.get("epoch", math.nan)
         for name in found:
             if name in numbers:
                 found[name].append((*place, numbers[name]))
@@ -84,6 +84,8 @@ def read_log(directory: Path) -> Log:
             f"{METRICS_FILE}: {counted} cut off, or with something else than numbers; left out."
         )
     series = {name: Series(*np.array(points).T) for name, points in found.items() if points}
+    if not series and not problems:
+        problems.append(f"{METRICS_FILE} has the names of its columns and no values yet.")
     problems += _not_finite(series)
     return Log(series, problems)
 
@@ -96,7 +98,7 @@ def _numbers(header: list[str], row: list[str]) -> dict[str, float] | None:
         numbers = {name: float(text) for name, text in zip(header, row, strict=True) if text}
     except ValueError:
         return None
-    return numbers if set(_PLACES) <= set(numbers) else None
+    return numbers if "step" in numbers else None
 
 
 def _not_finite(series: dict[str, Series]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from lightning_aux.report.charts import charts_of_run, last_values
-from lightning_aux.report.logs import read_log
+from lightning_aux.report.logs import Log, read_log
 from lightning_aux.report.page import Page, details, table
 
 CONFIGS = ("config.yaml", "hparams.yaml")
@@ -18,8 +19,7 @@ def run_page(folder: Path) -> str:
     page = Page(f"{folder.parent.name}/{folder.name}" if folder.parent.name else folder.name)
     groups = charts_of_run(log)
     if log.series:
-        steps = int(max(each.steps.max() for each in log.series.values())) + 1
-        page.text([f"Logged up to step {steps}."])
+        page.text([_extent(log)])
     problems = list(log.problems)
     if log.series and not any(name.startswith("val") for name in log.series):
         problems.append("Nothing was logged in validation (no name that begins with val).")
@@ -29,12 +29,12 @@ def run_page(folder: Path) -> str:
     if not configs:
         problems.append(f"There is no configuration beside the log ({' or '.join(CONFIGS)}).")
     page.problems(problems)
-    rows = [
-        [escape(name), f"{value:.5g}", str(int(log.series[name].steps[-1]) + 1)]
-        for name, value in last_values(log).items()
-    ]
+    values = last_values(log)
+    ours = {name: value for name, value in values.items() if name.startswith("aux/")}
+    theirs = {name: value for name, value in values.items() if name not in ours}
+    page.section("Last values", _table(theirs))
     page.groups(groups)
-    page.section("Last values", table(["name", "value", "step"], rows) if rows else "")
+    page.section("Last values of callbacks", _table(ours))
     page.section(
         "Settings",
         "".join(
@@ -43,3 +43,15 @@ def run_page(folder: Path) -> str:
         ),
     )
     return page.html()
+
+
+def _extent(log: Log) -> str:
+    """How far the log goes; what a test logs afterwards is no step more."""
+    trained = {name: each for name, each in log.series.items() if not name.startswith("test")}
+    steps = max((int(each.steps.max()) + 1 for each in trained.values()), default=0)
+    return f"Logged up to step {steps}." if steps else "Logged by a test only."
+
+
+def _table(values: Mapping[str, float]) -> str:
+    rows = [[escape(name), f"{value:.5g}".replace("-", "−")] for name, value in values.items()]
+    return table(["name", "value"], rows) if rows else ""
