@@ -49,7 +49,6 @@ TRAINED = [entry for entry in EVERY if shared(entry) == entry]  # for itself, or
 # as many are dropped (tests/attribute_schedules), but not the same.
 DRAWN_OTHERWISE = "dropout_schedule"
 
-every_one = pytest.mark.parametrize("entry", EVERY)
 every_trained = pytest.mark.parametrize("entry", TRAINED)
 
 
@@ -189,6 +188,17 @@ CASES = [
     ("attached", "head_by_method"),
 ]
 every_case = pytest.mark.parametrize(("moment", "way"), CASES, ids=map(" ".join, CASES))
+# Every way and every moment once. All of their pairs are trained with one entry of each kind: a
+# term of logits, of features, of weights, with a head, what drives dropout, runs a part again, or
+# changes weights.
+FEW = [
+    *(("before", "whole"), ("before", "encoder_by_method"), ("warm", "method"), ("warm", "head")),
+    *(("configured", "encoder"), ("attached", "head_by_method")),
+]
+KINDS = (
+    *("self_distillation_kl", "self_distillation_features", "ema_anchor_weight", "head"),
+    *("dropout_schedule", "multi_sample_dropout", "quantized_weights"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -241,8 +251,14 @@ def test_what_is_compared_differs_without_the_term(entry: str) -> None:
     assert effect(entry) > 100 * TOLERANCE
 
 
-@every_case
-@every_one
+@pytest.mark.parametrize(
+    ("entry", "moment", "way"),
+    [
+        (entry, *case)
+        for entry in EVERY
+        for case in (CASES if shared(entry) in map(shared, KINDS) else FEW)
+    ],
+)
 def test_compiled_training_ends_where_eager_training_does(
     entry: str, moment: str, way: str
 ) -> None:
