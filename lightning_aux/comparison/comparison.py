@@ -32,7 +32,9 @@ class Variant:
 
     def fingerprint(self, seed: int) -> str:
         """A digest of everything in the config that can change the outcome of the run."""
-        text = json.dumps([self.resolved, seed], sort_keys=True, default=str)
+        # As it comes back from a file: keys are text then, which sorts otherwise than numbers.
+        plain = json.loads(json.dumps([self.resolved, seed], default=str))
+        text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -108,10 +108,15 @@ class EMAAnchor(Objective):
     def loss(self, step: Step) -> Tensor:
         if self.space == "weight":
             return squared_distance(*step.weights(self.teacher))
+        logits = step.logits
+        if logits.shape[self.dim : self.dim + 1 or None] == (1,):
+            raise AuxiliaryError(
+                f"{self.name}: the output of shape {tuple(logits.shape)} is of one class, whose "
+                f"probability is 1 whatever the value. Give space='weight', which suits a "
+                f"regression, or dim= where the classes are in another dimension."
+            )
         anchor = step.teacher(self.teacher).logits
-        return output_anchor(
-            step.logits, anchor, self.temperature, self.entropy, step.mask, self.dim
-        )
+        return output_anchor(logits, anchor, self.temperature, self.entropy, step.mask, self.dim)
 
 
 def _changed(**given: Any) -> str:

@@ -200,7 +200,10 @@ def test_fit_saves_its_config_beside_the_logs_again_and_again(tmp_path):
         "accelerator": "cpu",
         "enable_progress_bar": False,
         "callbacks": [
-            {"class_path": "EMAAnchor", "init_args": {"weight": "linear(0, 1, until=50%)"}}
+            {
+                "class_path": "EMAAnchor",
+                "init_args": {"space": "weight", "weight": "linear(0, 1, until=50%)"},
+            }
         ],
     }
     config.write_text(yaml.safe_dump({"trainer": trainer, "seed_everything": 3}))

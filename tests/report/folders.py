@@ -85,7 +85,10 @@ def comparison_folder(folder: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
             where = run_folder(run_directory(folder, name, seed), name, seed)
             last = accuracy(name, seed, EPOCHS - 1)
             noise = 0.001 * seed if name == "distilled" else 0.0
-            result = RunResult(name, seed, "", {"test_acc": last + noise, "test_nll": 1 - last})
+            fingerprint = variants[name].fingerprint(seed)
+            result = RunResult(
+                name, seed, fingerprint, {"test_acc": last + noise, "test_nll": 1 - last}
+            )
             result.history = [
                 {"epoch": float(epoch), "val_acc": accuracy(name, seed, epoch)}
                 for epoch in range(EPOCHS)

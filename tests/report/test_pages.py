@@ -199,9 +199,13 @@ def test_an_interrupted_comparison_says_which_runs_are_missing(tmp_path: Path) -
     (where / "seed0" / "result.json").write_text(json.dumps({**failed, "error": "OSError: <full>"}))
     html = page(folder)
     missing = said(html)
-    assert "distilled, seed 2: not finished, or not begun." in missing
+    assert (
+        "distilled, seed 2: begun and not finished, there is no runs/distilled/seed2/result.json."
+        in missing
+    )
     assert "distilled, seed 1: metrics.csv is missing" in missing
-    assert "distilled, seed 0 failed: OSError: &lt;full&gt;" in missing
+    assert "distilled, seed 0 failed, see below." in missing
+    assert "OSError: &lt;full&gt;" in html
     assert "failed: 1 of 2 seeds" in cells(html, "distilled")["verdict"]
 
 
@@ -218,7 +222,7 @@ def test_a_comparison_of_which_nothing_has_run_is_a_page_too(tmp_path: Path) -> 
         path.unlink()
     html = page(folder)
     assert "No run of baseline has finished." in html
-    assert said(html).count("not finished, or not begun") == 4
+    assert said(html).count("begun and not finished") == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"title": 3}'])
