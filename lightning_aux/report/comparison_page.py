@@ -45,7 +45,7 @@ def comparison_page(folder: Path) -> str:
     """
     comparison = read_comparison_of(folder)
     places = [(name, seed) for name in comparison.variants for seed in comparison.seeds]
-    found = {place: _result(folder, comparison, *place) for place in places}
+    found = {place: _result(folder, *place) for place in places}
     results = [result for result in found.values() if isinstance(result, RunResult)]
     logs = {
         name: {seed: read_log(run_directory(folder, name, seed)) for seed in comparison.seeds}
@@ -88,20 +88,17 @@ def comparison_page(folder: Path) -> str:
     return page.html()
 
 
-def _result(folder: Path, comparison: Comparison, name: str, seed: int) -> RunResult | str:
+def _result(folder: Path, name: str, seed: int) -> RunResult | str:
     """What a run left, or why there is nothing that may be compared."""
     directory = run_directory(folder, name, seed)
     file = (directory / RESULT_FILE).relative_to(folder)
     if not (directory / RESULT_FILE).is_file():
-        begun = "begun and not finished" if directory.is_dir() else "not begun"
-        return f"{begun}, there is no {file}."
+        return f"not finished, or not begun. There is no {file}."
     result = read_result(directory)
     if result is None:
         return f"{file} cannot be read."
     if (result.variant, result.seed) != (name, seed):
         return f"{file} is that of {result.variant}, seed {result.seed}; left out."
-    if result.fingerprint != comparison.variants[name].fingerprint(seed):
-        return f"{file} is that of another configuration than {name} has now; left out."
     return result
 
 
@@ -162,7 +159,7 @@ def _problems(
         if isinstance(result, str):
             lines.append(f"{name}, seed {seed}: {result}")
         elif result.error:
-            lines.append(f"{name}, seed {seed} failed, see below.")
+            lines.append(f"{name}, seed {seed} failed: {result.error}")
         else:
             lines += [
                 f"{name}, seed {seed}: {measure.metric} {_lack(result, measure.metric)}"
@@ -207,7 +204,13 @@ def _table(
         *remarks(results),
     ]
     said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    kept = [place for place in range(len(heads)) if any(row[place] != MISSING for row in rows)]
+    # A cost that no run measured is no column; a statistic that there is not is worth a dash.
+    costs = ("time per step", "peak memory")
+    kept = [
+        place
+        for place, head in enumerate(heads)
+        if head not in costs or any(row[place] != MISSING for row in rows)
+    ]
     shown = table(
         [heads[place] for place in kept],
         [[row[place] for place in kept] for row in rows],
