@@ -162,7 +162,7 @@ def _problems(
         if isinstance(result, str):
             lines.append(f"{name}, seed {seed}: {result}")
         elif result.error:
-            lines.append(f"{name}, seed {seed} failed, see below.")
+            lines.append(f"{name}, seed {seed} failed: {result.error}")
         else:
             lines += [
                 f"{name}, seed {seed}: {measure.metric} {_lack(result, measure.metric)}"
@@ -207,7 +207,13 @@ def _table(
         *remarks(results),
     ]
     said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    kept = [place for place in range(len(heads)) if any(row[place] != MISSING for row in rows)]
+    # A cost that no run measured is no column; a statistic that there is not is worth a dash.
+    costs = ("time per step", "peak memory")
+    kept = [
+        place
+        for place, head in enumerate(heads)
+        if head not in costs or any(row[place] != MISSING for row in rows)
+    ]
     shown = table(
         [heads[place] for place in kept],
         [[row[place] for place in kept] for row in rows],

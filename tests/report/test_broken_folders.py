@@ -126,7 +126,7 @@ def test_a_failed_run_shows_its_traceback_and_cuts_no_curve_short(tmp_path) -> N
         (tmp_path / "comparison.json").read_text().replace('"curve": "val_acc"', '"curve": null')
     )
     html = page(tmp_path)
-    assert missing(html) == ["taught, seed 1 failed, see below."]
+    assert missing(html) == ["taught, seed 1 failed: ValueError: <boom>"]
     assert "<pre>Traceback\nValueError: <boom></pre>" in html
     data = json.loads(html.partition('id="charts">')[2].partition("</script>")[0])
     (taught,) = (line for line in data[0]["lines"] if line["label"] == "taught")

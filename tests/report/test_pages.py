@@ -204,8 +204,7 @@ def test_an_interrupted_comparison_says_which_runs_are_missing(tmp_path: Path) -
         in missing
     )
     assert "distilled, seed 1: metrics.csv is missing" in missing
-    assert "distilled, seed 0 failed, see below." in missing
-    assert "OSError: &lt;full&gt;" in html
+    assert "distilled, seed 0 failed: OSError: &lt;full&gt;" in missing
     assert "failed: 1 of 2 seeds" in cells(html, "distilled")["verdict"]
 
 
