@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_aux import AuxiliaryError
-from lightning_aux.comparison import COMPARISON_FILE
+from lightning_aux.comparison import COMPARISON_FILE, read_comparison_of
 from lightning_aux.report.comparison_page import comparison_page
 from lightning_aux.report.logs import METRICS_FILE
 from lightning_aux.report.page import REPORT_FILE
@@ -44,12 +44,13 @@ def page_of(folder: Path) -> str:
         raise AuxiliaryError(f"report: {str(folder)!r} is not a folder (looked in {Path.cwd()}).")
     if (folder / COMPARISON_FILE).exists():
         try:
-            return comparison_page(folder)
+            read_comparison_of(folder)
         except (OSError, ValueError) as error:
             raise AuxiliaryError(
                 f"report: {folder / COMPARISON_FILE} cannot be read: {error} Running the same "
                 f"lightning-aux compare again writes it anew and keeps the finished runs."
             ) from error
+        return comparison_page(folder)
     if any((folder / name).is_file() for name in (METRICS_FILE, *CONFIGS)):
         return run_page(folder)
     inside = sorted({path.parent for path in folder.rglob(METRICS_FILE)})

@@ -59,9 +59,17 @@ def run_directory(folder: Path, variant: str, seed: int) -> Path:
 def read_result(directory: Path) -> RunResult | None:
     """The result of the run in `directory`, or None where there is none that can be read."""
     try:
-        return RunResult(**json.loads((directory / RESULT_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+        result = RunResult(**json.loads((directory / RESULT_FILE).read_text()))
+        numbers = [*result.metrics.values(), result.seconds, result.step_seconds or 0.0]
+        numbers += [value for entry in result.history for value in entry.values()]
+        whole = all("epoch" in entry for entry in result.history)
+        return result if whole and all(map(_is_number, numbers)) else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def finished_result(directory: Path, fingerprint: str) -> RunResult | None:

@@ -29,7 +29,8 @@ class PairedDifference:
         high: Upper end.
         boot_low: Lower end of the bootstrap interval.
         boot_high: Upper end.
-        p: Two-sided p value of the paired t test.
+        p: Two-sided p value of the paired t test; NaN where all differences are equal, of which
+            the test says nothing.
         p_adjusted: The same, corrected for the number of variants by Holm's method.
     """
 
@@ -92,9 +93,10 @@ def paired_difference(
         return PairedDifference(mean, math.nan, math.nan)
     error = statistics.stdev(differences) / math.sqrt(n)
     margin = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
-    # equal differences leave no doubt, except where they are nothing
-    t = abs(mean) / error if error > 0 else math.inf if mean else 0.0
-    p = 2 * float(student_t.sf(t, n - 1))
+    # Equal differences say nothing of how much they vary: on a small test set, where a metric has
+    # few values, they come about by chance. Rounding may keep them from being quite equal.
+    equal = error <= 1e-12 * max(map(abs, (*values, *reference)))
+    p = math.nan if equal else 2 * float(student_t.sf(abs(mean) / error, n - 1))
     return PairedDifference(
         mean, mean - margin, mean + margin, *bootstrap_interval(differences, level), p, p
     )
@@ -139,9 +141,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def verdict(difference: PairedDifference, mode: Literal["max", "min"]) -> Verdict:
     """Whether the corrected p value is below 0.05, and on which side of zero the mean is then."""
-    if math.isnan(difference.p_adjusted):
+    if math.isnan(difference.low):
         return "one seed, no interval"
-    if difference.p_adjusted >= SIGNIFICANT:
+    if not difference.p_adjusted < SIGNIFICANT:  # NaN where all differences are equal
         return "no difference shown"
     return "better" if (difference.mean > 0) == (mode == "max") else "worse"
 

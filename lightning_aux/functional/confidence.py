@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
 from .divergences import entropy
-from .examples import checked_dim, expected, labelled, prepared
+from .examples import checked_classes, expected, labelled, prepared
 
 __all__ = ["confidence_penalty", "confidences", "confident_labels", "coverage_loss"]
 
@@ -39,7 +39,7 @@ def confidence_penalty(
     """
     if threshold is None:
         return -entropy(logits, mask=mask, dim=dim)
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
 
     def values(z: Tensor, _: Tensor) -> Tensor:
         log_q = torch.log_softmax(z, dim)
@@ -94,7 +94,7 @@ def coverage_loss(
     """
     if not samples >= 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
     target, counted = labelled(logits, target, mask, dim)
 
     def of(log_p: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from .blocks import Measure, mean_over_examples
-from .examples import checked_dim
+from .examples import checked_classes, checked_dim
 
 
 def kl_divergence(
@@ -229,7 +229,7 @@ def entropy(
     Args, result and errors as in `kl_divergence`; there is no factor T².
     """
     _check_temperature(temperature)
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
 
     def values(logits: Tensor, _: Tensor) -> Tensor:
         log_q = torch.log_softmax(logits / temperature, dim)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .examples import checked_classes
 from .precision import at_least_float32
 
 # The authors' code clamps p, so that the logarithm stays away from 0 however sure the model is.
@@ -79,5 +80,4 @@ def _check(target: Tensor, logits: Tensor) -> None:
             f"target {tuple(target.shape)} and logits {tuple(logits.shape)} must have one shape, "
             "(batch, classes)"
         )
-    if logits.numel() == 0:
-        raise ValueError(f"no examples to average over: the logits are {tuple(logits.shape)}")
+    checked_classes(logits, None, -1)

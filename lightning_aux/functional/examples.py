@@ -45,6 +45,21 @@ def checked_dim(logits: Tensor, mask: Tensor | None, dim: int) -> int:
     return dim % logits.ndim
 
 
+def checked_classes(logits: Tensor, mask: Tensor | None, dim: int) -> int:
+    """The same for formulas of a softmax, which of one logit is 1 whatever the logit is.
+
+    Raises:
+        ValueError: as `checked_dim`, and for one class.
+    """
+    dim = checked_dim(logits, mask, dim)
+    if logits.shape[dim] == 1:
+        raise ValueError(
+            f"there is one class in logits of shape {tuple(logits.shape)}, which has probability 1 "
+            f"whatever its logit. A prediction of yes or no needs two here: (−z/2, z/2) for z."
+        )
+    return dim
+
+
 def checked_mask(mask: Tensor, examples: list[int]) -> Tensor:
     """The mask, which has to have the shape of the examples.
 

@@ -84,7 +84,8 @@ def _masked(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     if not 0 < mask.ndim < student.ndim or mask.shape != student.shape[: mask.ndim]:
         raise ValueError(
             f"mask must have the first dimensions of the features {tuple(student.shape)}, not the "
-            f"shape {tuple(mask.shape)}"
+            f"shape {tuple(mask.shape)}; channels have to stand behind the positions, where "
+            f"movedim(1, -1) puts them"
         )
     weight = mask.detach().to(student.dtype).reshape(*mask.shape, *[1] * (student.ndim - mask.ndim))
     left_out = weight == 0  # which may hold NaN, and 0·NaN is NaN

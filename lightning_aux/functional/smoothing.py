@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
-from .examples import checked_dim, expected, labelled
+from .examples import checked_classes, expected, labelled
 
 __all__ = ["label_smoothing", "max_suppression"]
 
@@ -34,7 +34,7 @@ def label_smoothing(
     Raises:
         ValueError: for no examples, a missing dimension, or a target or mask of another shape.
     """
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
     target, counted = labelled(logits, target, mask, dim)
 
     def values(z: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
     """
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
 
     def values(z: Tensor, _: Tensor) -> Tensor:
         return z.max(dim).values - z.mean(dim)

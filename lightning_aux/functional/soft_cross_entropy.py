@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
-from .examples import checked_dim
+from .examples import checked_classes
 
 
 def soft_cross_entropy(
@@ -37,7 +37,7 @@ def soft_cross_entropy(
             "logits and probabilities must have the same shape, but are "
             f"{tuple(logits.shape)} and {tuple(probabilities.shape)}"
         )
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
 
     def values(logits: Tensor, p: Tensor) -> Tensor:
         log_q = torch.log_softmax(logits, dim)

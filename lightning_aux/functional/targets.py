@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
-from .examples import checked_dim, labelled
+from .examples import checked_classes, labelled
 
 __all__ = ["target_change"]
 
@@ -35,7 +35,7 @@ def target_change(
     Raises:
         ValueError: for no examples, a missing dimension, or a target or mask of another shape.
     """
-    dim = checked_dim(logits, mask, dim)
+    dim = checked_classes(logits, mask, dim)
     old, counted = labelled(logits, old.detach(), mask, dim)
     new, counted = labelled(logits, new.detach(), counted, dim)
     change = _taken(-new if new.is_floating_point() else None, old, logits, dim, 1.0)

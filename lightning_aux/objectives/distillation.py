@@ -139,7 +139,10 @@ class Distillation(Objective):
 
 
 def _of_positions(mask: Tensor | None, features: Tensor) -> Tensor | None:
-    """The mask, where it is one of the examples or positions that these features have."""
-    if mask is None or mask.ndim >= features.ndim or mask.shape != features.shape[: mask.ndim]:
+    """The mask, where these features have its examples or positions.
+
+    Features of whole examples, ``(batch, channels)``, have no positions that could be left out.
+    """
+    if mask is None or (mask.ndim > 1 and features.ndim <= mask.ndim):
         return None
     return mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -253,9 +252,8 @@ def _line(label: str, place: int, axis: str, series: Sequence[Series]) -> Line:
         common = sorted(by_place[0])
     values = np.array([[run[x] for x in common] for run in by_place])
     values[~(np.abs(values) < LARGEST)] = np.nan
-    with warnings.catch_warnings():  # of a place where no seed is finite
-        warnings.simplefilter("ignore", RuntimeWarning)
-        mean, low, high = (reduce(values, axis=0) for reduce in (np.nanmean, np.nanmin, np.nanmax))
+    # Where one seed is not finite there is a gap: the mean of the others would be a mean of few.
+    mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
     x = np.array(common)
     return Line(label, place, *thinned(x, mean, low, high), seeds=len(by_place))
 

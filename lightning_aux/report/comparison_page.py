@@ -48,7 +48,11 @@ def comparison_page(folder: Path) -> str:
     found = {place: _result(folder, comparison, *place) for place in places}
     results = [result for result in found.values() if isinstance(result, RunResult)]
     logs = {
-        name: {seed: read_log(run_directory(folder, name, seed)) for seed in comparison.seeds}
+        name: {
+            seed: read_log(run_directory(folder, name, seed))
+            for seed in comparison.seeds
+            if not _left_out(folder, name, seed, found[name, seed])
+        }
         for name in comparison.variants
     }
     summaries = summarise(comparison, results)
@@ -70,16 +74,13 @@ def comparison_page(folder: Path) -> str:
             "The line is their mean, the bar its 95 % interval.",
         ),
     )
-    drawn = {name: _drawn(runs, name, results) for name, runs in logs.items()}
+    drawn = {name: _drawn(runs, name, found) for name, runs in logs.items()}
     groups = charts_of_comparison(drawn, [measure.metric for measure in comparison.measures])
-    n = len(comparison.seeds)
     curve = _picture(
         lambda width: draw_curves(comparison, results, PAGE, width),
         "learning curves",
-        f"{comparison.curve} after each epoch: mean of {n} seeds, band from the lowest to the "
-        "highest seed."
-        if n > 1
-        else f"{comparison.curve} after each epoch.",
+        f"{comparison.curve} after each epoch: mean of the seeds that finished, band from the "
+        "lowest to the highest.",
     )
     if curve:
         page.section(str(comparison.curve), curve)
@@ -105,9 +106,20 @@ def _result(folder: Path, comparison: Comparison, name: str, seed: int) -> RunRe
     return result
 
 
-def _drawn(runs: Mapping[int, Log], name: str, results: Sequence[RunResult]) -> dict[int, Log]:
+def _left_out(folder: Path, name: str, seed: int, found: RunResult | str) -> bool:
+    """Whether there is a result that is not of this run, and so a log that is not either."""
+    return isinstance(found, str) and (run_directory(folder, name, seed) / RESULT_FILE).is_file()
+
+
+def _drawn(
+    runs: Mapping[int, Log], name: str, found: Mapping[tuple[str, int], RunResult | str]
+) -> dict[int, Log]:
     """The logs of the finished runs, which one that stopped would cut short; else all."""
-    finished = {run.seed for run in results if run.variant == name and not run.error}
+    finished = {
+        seed
+        for seed in runs
+        if isinstance(result := found[name, seed], RunResult) and not result.error
+    }
     return {seed: log for seed, log in runs.items() if seed in finished or not finished}
 
 

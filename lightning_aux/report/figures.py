@@ -86,7 +86,8 @@ def draw_curves(
             end = known[-1]
             ends.append(_End(float(epochs[end]), float(mean[end]), name, colour, gid))
     axes.set_xlabel("epoch")
-    seeds = "one seed" if len(comparison.seeds) == 1 else f"mean of {len(comparison.seeds)} seeds"
+    counts = sorted({len(line) - 1 for line in lines.values()})
+    seeds = "one seed" if counts == [1] else f"mean of {' to '.join(map(str, counts))} seeds"
     _title(axes, f"{unit.label(metric)}: {seeds}", theme)
     axes.grid(axis="y", color=theme.faint, linewidth=0.8)
     axes.margins(x=0.02)

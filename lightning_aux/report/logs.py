@@ -50,7 +50,7 @@ def read_log(directory: Path) -> Log:
     if not path.is_file():
         return Log(problems=[f"{METRICS_FILE} is missing: nothing was logged, or not yet."])
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = list(csv.reader(text.splitlines()))
+    lines = [_fields(line) for line in text.splitlines()]
     if not lines:
         return Log(problems=[f"{METRICS_FILE} is empty: the run ended before anything was logged."])
     header, *rows = lines
@@ -90,6 +90,14 @@ def read_log(directory: Path) -> Log:
     return Log(series, problems)
 
 
+def _fields(line: str) -> list[str]:
+    """The fields of one line, read by itself: a stray quote would swallow those after it."""
+    try:
+        return next(csv.reader([line.replace("\0", "")]), [])
+    except csv.Error:
+        return []
+
+
 def _numbers(header: list[str], row: list[str]) -> dict[str, float] | None:
     """The numbers of a line by name; None where the line is not whole."""
     if len(row) != len(header):
@@ -98,7 +106,7 @@ def _numbers(header: list[str], row: list[str]) -> dict[str, float] | None:
         numbers = {name: float(text) for name, text in zip(header, row, strict=True) if text}
     except ValueError:
         return None
-    return numbers if "step" in numbers else None
+    return numbers if math.isfinite(numbers.get("step", math.nan)) else None
 
 
 def _not_finite(series: dict[str, Series]) -> list[str]:

@@ -276,3 +276,50 @@ def test_text_and_lines_have_enough_contrast(tmp_path: Path, theme: str) -> None
             assert contrast(name, "back") >= 4.5
     for name in (key for key in colours if key.startswith(("chart-series", "chart-reference"))):
         assert contrast(name, "card") >= 3
+
+
+# --------------------------------------------------------------------------- of something else
+def test_what_is_left_of_another_configuration_is_not_drawn(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path)
+    for result in folder.glob("runs/distilled/*/result.json"):
+        result.write_text(result.read_text().replace('"fingerprint": "', '"fingerprint": "old'))
+    html = page(folder)
+    assert said(html).count("another configuration") == 3
+    assert "self_distillation" not in drawn(html), "its log is that of the other configuration too"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": None},
+        {"metrics": {"test_acc": None}},
+        {"metrics": {"test_acc": "x"}},
+        {"history": [{"val_acc": 0.5}]},
+        {"seconds": None},
+    ],
+)
+def test_a_result_with_something_else_in_it_is_no_result(tmp_path: Path, change: Any) -> None:
+    folder = comparison_folder(tmp_path)
+    file = folder / "runs" / "distilled" / "seed1" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert "distilled, seed 1: runs/distilled/seed1/result.json cannot be read" in said(
+        page(folder)
+    )
+
+
+@pytest.mark.parametrize("stray", ['"', "\0" * 200_000, "nan,0,1"])
+def test_a_line_of_anything_costs_that_line_alone(tmp_path: Path, stray: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([header, rows[0], stray, *rows[1:], ""]))
+    html = page(folder)
+    assert "metrics.csv: 1 line cut off" in said(html)
+    assert len(drawn(html)["val_acc"]["val_acc"]["x"]) == EPOCHS
+
+
+def test_a_seed_that_diverges_is_a_gap_and_not_the_mean_of_the_others(tmp_path: Path) -> None:
+    folder = comparison_folder(tmp_path)
+    log = folder / "runs" / "distilled" / "seed1" / "metrics.csv"
+    log.write_text(log.read_text().replace(",1.9,", ",nan,"))
+    line = drawn(page(folder))["self_distillation"]["distilled"]
+    assert [value is None for value in line["y"]] == [False] * 4 + [True, False]
