@@ -115,6 +115,8 @@ def relative_distance(tensors: Sequence[Tensor], anchors: Sequence[Tensor]) -> T
     Raises:
         ValueError: for lists that differ in length.
     """
+    if len(tensors) != len(anchors):
+        raise ValueError(f"{len(tensors)} tensors and {len(anchors)} anchors: one list is shorter")
     if not tensors:
         return torch.zeros(())
     device = tensors[0].device
