@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning_aux.comparison import (
     Comparison,
     ComparisonError,
     RunResult,
+    VariantSummary,
     finished_result,
     run_directory,
     summarise,
@@ -39,6 +41,7 @@ from lightning_aux.report.wording import remarks
 if TYPE_CHECKING:
     from lightning_aux.cli.cluster import Cluster
 
+REPORT_ERROR_FILE = "report_error.txt"
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
 
@@ -49,7 +52,8 @@ def compare(args: Sequence[str]) -> int:
         args: The arguments after `compare`.
 
     Returns:
-        Exit status: 0 when every run finished, 1 when one failed, 130 after Ctrl-C.
+        Exit status: 0 when every run finished with finite values of all metrics that are compared,
+            1 when one did not or the report cannot be made, 130 after Ctrl-C.
 
     Raises:
         SystemExit: With status 2 when arguments, the compare file or a config are wrong.
@@ -74,13 +78,13 @@ def compare(args: Sequence[str]) -> int:
             os.environ.setdefault("WANDB_SILENT", "true")
         write_comparison(directory, comparison)
         results = _train(comparison, directory, options, cluster, console)
-        _conclude(comparison, directory, results, console)
+        good = _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         console.print("\nStopped. The same command goes on after the runs that are finished.")
         return INTERRUPTED
-    return 1 if any(result.error for result in results) else 0
+    return 0 if good else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,6 +211,7 @@ def _train(
     for run in runs:
         kept = finished_result(run.directory, run.fingerprint)
         if kept is not None:
+            _check_metrics(comparison, kept)
             results[run.variant.name, run.seed] = kept
     pending = [run for run in runs if (run.variant.name, run.seed) not in results]
     if results:
@@ -239,15 +244,51 @@ def _check_metrics(comparison: Comparison, result: RunResult) -> None:
         logged = ", ".join(sorted(result.metrics)) or "nothing"
         raise ComparisonError(
             f"metric: the run of '{result.variant}' logged no '{missing}'.{guess} "
-            f"It logged: {logged}."
+            f"It logged: {logged}. Once the model logs it, --fresh trains this run again."
         )
 
 
 def _conclude(
     comparison: Comparison, directory: Path, results: list[RunResult], console: Console
-) -> None:
+) -> bool:
+    """Say and write what the runs show, what may fail last; whether all of it is there and good."""
     summaries = summarise(comparison, results)
     write_tables(directory, comparison, results, summaries)
+    console.print()
+    console.print(result_table(comparison, summaries))
+    for remark in remarks(results):
+        console.print(remark)
+    failed = {
+        (row.name, seed): error
+        for row in summaries
+        for measured in (*row.also, row)
+        for seed, error in measured.errors.items()
+    }
+    for (name, seed), error in failed.items():
+        console.print(Text(f"{name}, seed {seed} failed: {error}", style="red"))
+        details = run_directory(directory, name, seed) / ERROR_FILE
+        if details.exists():
+            console.print(f"  {details}")
+    try:
+        _draw(comparison, directory, results, summaries)
+    except Exception as error:
+        details = directory / REPORT_ERROR_FILE
+        details.write_text(traceback.format_exc())
+        said = f"the report failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        again = f"`lightning-aux report {directory}` makes it without training. {details}"
+        console.print(Text(f"{said}; {again}", style="red"))
+        return False
+    (directory / REPORT_ERROR_FILE).unlink(missing_ok=True)
+    console.print(f"report: {directory / REPORT_FILE}")
+    return not failed
+
+
+def _draw(
+    comparison: Comparison,
+    directory: Path,
+    results: list[RunResult],
+    summaries: list[VariantSummary],
+) -> None:
     for name, figure in (
         ("curves.png", draw_curves(comparison, results, LIGHT)),
         ("differences.png", draw_differences(comparison, summaries, LIGHT)),
@@ -255,12 +296,3 @@ def _conclude(
         if figure is not None:
             (directory / name).write_bytes(png(figure))
     (directory / REPORT_FILE).write_text(comparison_page(directory), encoding="utf-8")
-    console.print()
-    console.print(result_table(comparison, summaries))
-    for remark in remarks(results):
-        console.print(remark)
-    for row in summaries:
-        for seed, error in row.errors.items():
-            console.print(Text(f"{row.name}, seed {seed} failed: {error}", style="red"))
-            console.print(f"  {run_directory(directory, row.name, seed) / ERROR_FILE}")
-    console.print(f"report: {directory / REPORT_FILE}")

@@ -249,6 +249,46 @@ def test_a_metric_that_nobody_logs_ends_after_the_first_run(place, capsys):
     assert not place.run_directory("baseline", 1).exists()
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"metric": "val_error", "also": {"test_error": None}}], ids=["decides", "also"]
+)
+def test_a_metric_that_is_not_finite_is_a_failure_without_a_file(place, capsys, settings):
+    variants = {"blows": {"callbacks": [toy("TestsNan")]}}
+    assert place.compare("--seeds=0", variants=variants, **settings) == 1
+    output = capsys.readouterr().out
+    assert "blows, seed 0 failed: test_error is nan" in output
+    assert "error.txt" not in output
+    assert place.compare("--seeds=0", **settings) == 0
+
+
+def test_a_kept_run_without_the_metric_ends_before_anything_trains(place, capsys):
+    place.compare("--seeds=0")
+    with pytest.raises(SystemExit) as stop:
+        place.compare("--seeds=1,0", metric="tset_error")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "logged no 'tset_error'. Did you mean 'test_error'?" in error
+    assert "--fresh trains this run again" in error
+    assert not place.run_directory("baseline", 1).exists()
+
+
+def test_an_error_in_the_report_leaves_table_and_csv(place, capsys, monkeypatch):
+    def breaks(*arguments):
+        raise ValueError("no such font")
+
+    monkeypatch.setattr("lightning_aux.cli.compare.draw_curves", breaks)
+    assert place.compare("--seeds=0") == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "mean ± sd" in output
+    assert f"ValueError: no such font; `lightning-aux report {place.output}`" in output
+    assert "in breaks" in (place.output / "report_error.txt").read_text()
+    assert [row["seed"] for row in place.rows("results.csv")] == ["0"]
+
+    monkeypatch.undo()
+    assert place.compare("--seeds=0") == 0
+    assert not (place.output / "report_error.txt").exists()
+
+
 def test_a_base_that_continues_a_checkpoint_is_refused(place, capsys):
     place.write_base({**BASE, "ckpt_path": "last.ckpt"})
     with pytest.raises(SystemExit):
