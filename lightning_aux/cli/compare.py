@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_aux.cli.compare_file import read_comparison
+from lightning_aux.cli.folder_lock import only_one_in
 from lightning_aux.cli.processes import train_in_processes
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.table import result_table
 from lightning_aux.cli.training_run import TrainingRun
 from lightning_aux.comparison import (
     ERROR_FILE,
+    JOB_FILE,
     Comparison,
     ComparisonError,
     RunResult,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_aux.cli.cluster import Cluster
 
 REPORT_ERROR_FILE = "report_error.txt"
+_JOBS = "jobs"  # folder of what jobs print
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
 
@@ -76,13 +79,14 @@ def compare(args: Sequence[str]) -> int:
         cluster = _cluster(options, directory)
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
-        write_comparison(directory, comparison)
-        results = _train(comparison, directory, options, cluster, console)
-        good = _conclude(comparison, directory, results, console)
+        with only_one_in(directory):
+            results = _train(comparison, directory, options, cluster, console)
+            good = _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        console.print("\nStopped. The same command goes on after the runs that are finished.")
+        same = f"The same command{' without --fresh' if options.fresh else ''}"
+        console.print(f"\nStopped. {same} goes on after the runs that are finished.")
         return INTERRUPTED
     return 0 if good else 1
 
@@ -188,7 +192,25 @@ def _cluster(options: argparse.Namespace, directory: Path) -> Cluster | None:
         return None
     from lightning_aux.cli.cluster import Cluster  # needs a package that nothing else needs
 
-    return Cluster(options.cluster, dict(options.cluster_set), directory / "jobs")
+    return Cluster(options.cluster, dict(options.cluster_set), directory / _JOBS)
+
+
+def _refuse_jobs_elsewhere(
+    pending: Sequence[TrainingRun], directory: Path, cluster: str | None
+) -> None:
+    recorded = [run for run in pending if (run.directory / JOB_FILE).exists()]
+    if not recorded:
+        return
+    try:
+        from lightning_aux.cli.cluster import refuse_jobs_elsewhere
+    except ImportError as error:
+        record = recorded[0].directory / JOB_FILE
+        raise ComparisonError(
+            f"{record}: an earlier command submitted this run as a job. To ask whether it goes on "
+            "needs submitit: pip install 'lightning-aux[cluster]'; or delete the file if the job "
+            "is known to have ended."
+        ) from error
+    refuse_jobs_elsewhere(recorded, directory / _JOBS, cluster)
 
 
 def _train(
@@ -204,16 +226,18 @@ def _train(
         for seed in comparison.seeds
         for name, variant in comparison.variants.items()
     ]
-    if options.fresh:
-        for run in runs:
-            run.clear()
     results: dict[tuple[str, int], RunResult] = {}
-    for run in runs:
+    for run in [] if options.fresh else runs:
         kept = finished_result(run.directory, run.fingerprint)
         if kept is not None:
             _check_metrics(comparison, kept)
             results[run.variant.name, run.seed] = kept
     pending = [run for run in runs if (run.variant.name, run.seed) not in results]
+    _refuse_jobs_elsewhere(pending, directory, options.cluster)
+    write_comparison(directory, comparison)
+    if options.fresh:
+        for run in runs:
+            run.clear()
     if results:
         console.print(
             f"{len(results)} of {len(runs)} runs were finished before and are kept; "
