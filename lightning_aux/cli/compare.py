@@ -67,9 +67,8 @@ def compare(args: Sequence[str]) -> int:
         parser.error("--cluster-set says how jobs are submitted: name a cluster with --cluster.")
     console = _console()
     try:
-        comparison = read_comparison(
-            options.config, options.seeds, options.epochs, dict(options.set), options.only
-        )
+        given = options.epochs, dict(options.set)
+        comparison = read_comparison(options.config, options.seeds, *given, options.only)
         if not console.is_terminal:
             console.width += 20 * len(comparison.also)
         directory = (
@@ -80,7 +79,10 @@ def compare(args: Sequence[str]) -> int:
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
         with only_one_in(directory):
-            results = _train(comparison, directory, options, cluster, console)
+            runs = _runs(comparison, directory, options)
+            if options.only or options.seeds:
+                comparison = _with_finished(comparison, given, directory, options, console)
+            results = _train(runs, comparison, directory, options, cluster, console)
             good = _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -107,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="this variant and the one that is compared with, a pattern such as 'kd-*' for several;"
-        " may be repeated",
+        help="train this variant and the one that is compared with, a pattern such as 'kd-*' for "
+        "several; may be repeated. The table has others of the file too that were finished before",
     )
-    parser.add_argument("--seeds", type=_integers, help="instead of the file's, e.g. 0,1,2")
+    parser.add_argument("--seeds", type=_integers, help="train these, not the file's, e.g. 0,1,2")
     parser.add_argument("--epochs", type=int, help="instead of the config's trainer.max_epochs")
     parser.add_argument(
         "--set",
@@ -213,19 +215,52 @@ def _refuse_jobs_elsewhere(
     refuse_jobs_elsewhere(recorded, directory / _JOBS, cluster)
 
 
+def _runs(
+    comparison: Comparison, directory: Path, options: argparse.Namespace
+) -> list[TrainingRun]:
+    """Every variant with every seed. Seeds outside, so that variants share slow periods."""
+    return [
+        TrainingRun(variant, seed, run_directory(directory, name, seed), options.wandb)
+        for seed in comparison.seeds
+        for name, variant in comparison.variants.items()
+    ]
+
+
+def _with_finished(
+    selected: Comparison,
+    given: tuple[int | None, dict[str, Any]],
+    directory: Path,
+    options: argparse.Namespace,
+    console: Console,
+) -> Comparison:
+    """The comparison with the variants and seeds of its file that were finished before, too."""
+    try:
+        whole = read_comparison(options.config, None, *given)
+    except ComparisonError as error:
+        console.print(Text(f"The table has nothing but what is selected: {error}"))
+        return selected
+    finished = [
+        run
+        for run in _runs(whole, directory, options)
+        if finished_result(run.directory, run.fingerprint)
+    ]
+    names = {*selected.variants, *(run.variant.name for run in finished)}
+    return replace(
+        selected,
+        seeds=tuple(sorted({*selected.seeds, *(run.seed for run in finished)})),
+        variants={name: each for name, each in whole.variants.items() if name in names},
+    )
+
+
 def _train(
+    runs: list[TrainingRun],
     comparison: Comparison,
     directory: Path,
     options: argparse.Namespace,
     cluster: Cluster | None,
     console: Console,
 ) -> list[RunResult]:
-    """All results, kept ones included. Seeds outside, so that variants share slow periods."""
-    runs = [
-        TrainingRun(variant, seed, run_directory(directory, name, seed), options.wandb)
-        for seed in comparison.seeds
-        for name, variant in comparison.variants.items()
-    ]
+    """All results: of `runs`, which are trained or kept, and what else the comparison has."""
     results: dict[tuple[str, int], RunResult] = {}
     for run in [] if options.fresh else runs:
         kept = finished_result(run.directory, run.fingerprint)
@@ -256,7 +291,11 @@ def _train(
             progress.finish(result, comparison.decides.metric)
             results[result.variant, result.seed] = result
             _check_metrics(comparison, result)
-    return [results[run.variant.name, run.seed] for run in runs]
+    there = (
+        results.get((run.variant.name, run.seed)) or run.result()
+        for run in _runs(comparison, directory, options)
+    )
+    return [result for result in there if result is not None]
 
 
 def _check_metrics(comparison: Comparison, result: RunResult) -> None:
