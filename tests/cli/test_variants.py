@@ -202,7 +202,8 @@ def test_what_is_not_selected_stays_in_the_tables_where_it_was_finished(place):
         assert place.compare(*flags, variants=written) == 0
         shown = {(row["variant"], int(row["seed"])) for row in place.rows("results.csv")}
         page = read_comparison_of(place.output)
-        assert list(page.variants) == sorted({name for name, _ in shown}, key="baseline".__ne__)
+        names = {name for name, _ in shown}
+        assert list(page.variants) == [name for name in ("baseline", "a", "b") if name in names]
         assert page.seeds == tuple(sorted({seed for _, seed in shown}))
         return shown - {("baseline", 0)}
 
