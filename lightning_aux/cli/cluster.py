@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.training_run import TrainingRun
-from lightning_aux.comparison import JOB_FILE, ComparisonError, RunResult
+from lightning_aux.comparison import JOB_FILE, ComparisonError, RunResult, finished_result
 
 ClusterName = Literal["slurm", "local", "debug"]
 SECONDS_BETWEEN_LOOKS = 1.0
+PATIENCE = 120.0  # seconds that a cancelled job may take to end; Slurm kills after 30
+_UNKNOWN = f"Delete the {JOB_FILE} of a run whose job is known to have ended."
 _JOBS = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
 # Nobody else needs the slots of this machine; submitit's own two minutes would end real runs.
 _LOCAL_MINUTES = 7 * 24 * 60
@@ -76,14 +79,20 @@ class Cluster:
             Results as the runs end.
         """
         jobs, new = list[tuple[TrainingRun, submitit.Job[None]]](), list[TrainingRun]()
+        cancelled = list[tuple[TrainingRun, submitit.Job[None]]]()
         for run in runs:
-            job = self._recorded(run, adopt)
-            if job is None:
+            going_on = _job_of(run, self.executor.folder)
+            if going_on is None:
                 new.append(run)
+            elif adopt and going_on.fingerprint == run.fingerprint:
+                jobs.append((run, going_on.job))
             else:
-                jobs.append((run, job))
+                _cancel(self.name, going_on.job)
+                cancelled.append((run, going_on.job))
+                new.append(run)
         if jobs:
             progress.console.print(f"{_count(jobs)} still on the cluster: {_ids(jobs)}")
+        self._see_end(cancelled, progress)
         jobs += self._submit(new, progress)
         try:
             while jobs:
@@ -99,13 +108,30 @@ class Cluster:
         except (KeyboardInterrupt, GeneratorExit):
             if self.name == "slurm":
                 progress.console.print(
-                    f"\n{_count(jobs)} left on the cluster. The same command waits for them again, "
+                    f"\n{_count(jobs)} left on the cluster. The same command"
+                    f"{'' if adopt else ' without --fresh'} waits for them again, "
                     f"`scancel {' '.join(job.job_id for _, job in jobs)}` ends them."
                 )
             else:
                 for _, job in jobs:
-                    self._cancel(job)
+                    _cancel(self.name, job)
             raise
+
+    def _see_end(
+        self, cancelled: Sequence[tuple[TrainingRun, submitit.Job[None]]], progress: RunProgress
+    ) -> None:
+        """Wait for jobs that could still write into the directories of their runs."""
+        deadline = time.monotonic() + PATIENCE
+        going_on = list(cancelled)
+        while going_on := [each for each in going_on if not _ended(self.name, each[1], now=True)]:
+            if time.monotonic() > deadline:
+                raise ComparisonError(
+                    f"--cluster {self.name}: cancelled, but not ended after {PATIENCE:.0f} "
+                    f"seconds: {_ids(going_on)}. Give the same command again when they have. "
+                    f"{_UNKNOWN}"
+                )
+            progress.say(f"{_count(going_on)} cancelled and about to end")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _submit(
         self, runs: Sequence[TrainingRun], progress: RunProgress
@@ -126,50 +152,84 @@ class Cluster:
             progress.console.print(f"{_count(jobs)} submitted: {_ids(jobs)}")
         return jobs
 
-    def _recorded(self, run: TrainingRun, adopt: bool) -> submitit.Job[None] | None:
-        """The job of this very run that was submitted before and has not ended."""
-        try:
-            record = json.loads((run.directory / JOB_FILE).read_text())
-            name, job_id, fingerprint = (record[k] for k in ("cluster", "job_id", "fingerprint"))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if name != self.name or name not in _JOBS:
-            return None
-        job: submitit.Job[None] = _JOBS[name](self.executor.folder, job_id)
-        if self._ended(job):
-            return None
-        if adopt and fingerprint == run.fingerprint:
-            return job
-        self._cancel(job)
-        return None
-
-    def _ended(self, job: submitit.Job[None]) -> bool:
-        # submitit takes a local job that another command has started for one that has ended
-        return job.done() and not (self.name == "local" and _is_controller(int(job.job_id)))
-
     def _state(self, job: submitit.Job[None]) -> str:
         if self.name == "local":
-            return "ended" if self._ended(job) else "running"
+            return "ended" if _ended(self.name, job) else "running"
         return job.state.lower()
-
-    def _cancel(self, job: submitit.Job[None]) -> None:
-        if self.name == "local":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.job_id), signal.SIGINT)
-        else:
-            job.cancel(check=False)
 
     def _outcome(self, run: TrainingRun, job: submitit.Job[None]) -> RunResult | None:
         """What a job left that has ended; None when it has not."""
-        if not self._ended(job):
+        if not _ended(self.name, job):
             return None
         details = job.exception()  # waits a little for slow file systems
         error = f"job {job.job_id} left no result ({self._state(job)})"
         return run.result() or run.lost(error, f"{details}\n")
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A job that an earlier command submitted for a run, with the config that the run had."""
+
+    cluster: str
+    job: submitit.Job[None]
+    fingerprint: str
+
+
+def _job_of(run: TrainingRun, folder: Path) -> _Recorded | None:
+    """The job of the run that was submitted before and has not ended."""
+    try:
+        record = json.loads((run.directory / JOB_FILE).read_text())
+        name, job_id, fingerprint = (record[k] for k in ("cluster", "job_id", "fingerprint"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if name not in _JOBS:
+        return None
+    job: submitit.Job[None] = _JOBS[name](folder, job_id)
+    return None if _ended(name, job) else _Recorded(name, job, fingerprint)
+
+
+def refuse_jobs_elsewhere(runs: Sequence[TrainingRun], folder: Path, cluster: str | None) -> None:
+    """Make sure that no run has a job that goes on somewhere else.
+
+    Args:
+        runs: What is about to be trained.
+        folder: That of the jobs.
+        cluster: Where it will be trained; None for processes of this command.
+
+    Raises:
+        ComparisonError: When there are such jobs: two would write into one directory.
+    """
+    jobs = [each for run in runs if (each := _job_of(run, folder.resolve()))]
+    for name in ("slurm", "local"):
+        ids = [each.job.job_id for each in jobs if each.cluster == name != cluster]
+        if ids:
+            end = f"{'scancel' if name == 'slurm' else 'kill -INT'} {' '.join(ids)}"
+            raise ComparisonError(
+                f"an earlier command submitted {_count(ids)} for runs of this one, not ended yet: "
+                f"{', '.join(ids)}. Go on with --cluster {name}, or end what is there: `{end}`. "
+                f"{_UNKNOWN}"
+            )
+
+
+def _ended(cluster: str, job: submitit.Job[None], now: bool = False) -> bool:
+    """Whether a job has ended, as the cluster says `now` or has said a moment ago."""
+    # submitit takes a local job that another command has started for one that has ended
+    done = job.done(force_check=now)
+    return done and not (cluster == "local" and _is_controller(int(job.job_id)))
+
+
+def _cancel(cluster: str, job: submitit.Job[None]) -> None:
+    if cluster == "local":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.job_id), signal.SIGINT)
+    else:
+        job.cancel(check=False)
+
+
 def _train(run: TrainingRun) -> None:
-    """What a job does."""
+    """What a job does. Slurm may requeue one whose run has finished."""
+    if finished_result(run.directory, run.fingerprint) is not None:
+        return
     run.clear()
     with contextlib.suppress(OSError, ValueError):  # a debugger's stderr may have no descriptor
         faulthandler.enable()

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,18 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_aux.cli.compare_file import read_comparison
+from lightning_aux.cli.folder_lock import only_one_in
 from lightning_aux.cli.processes import train_in_processes
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.table import result_table
 from lightning_aux.cli.training_run import TrainingRun
 from lightning_aux.comparison import (
     ERROR_FILE,
+    JOB_FILE,
     Comparison,
     ComparisonError,
     RunResult,
+    VariantSummary,
     finished_result,
     run_directory,
     summarise,
@@ -39,6 +43,8 @@ from lightning_aux.report.wording import remarks
 if TYPE_CHECKING:
     from lightning_aux.cli.cluster import Cluster
 
+REPORT_ERROR_FILE = "report_error.txt"
+_JOBS = "jobs"  # folder of what jobs print
 INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
 
@@ -49,7 +55,8 @@ def compare(args: Sequence[str]) -> int:
         args: The arguments after `compare`.
 
     Returns:
-        Exit status: 0 when every run finished, 1 when one failed, 130 after Ctrl-C.
+        Exit status: 0 when every run finished with finite values of all metrics that are compared,
+            1 when one did not or the report cannot be made, 130 after Ctrl-C.
 
     Raises:
         SystemExit: With status 2 when arguments, the compare file or a config are wrong.
@@ -60,9 +67,8 @@ def compare(args: Sequence[str]) -> int:
         parser.error("--cluster-set says how jobs are submitted: name a cluster with --cluster.")
     console = _console()
     try:
-        comparison = read_comparison(
-            options.config, options.seeds, options.epochs, dict(options.set), options.only
-        )
+        given = options.epochs, dict(options.set)
+        comparison = read_comparison(options.config, options.seeds, *given, options.only)
         if not console.is_terminal:
             console.width += 20 * len(comparison.also)
         directory = (
@@ -72,15 +78,19 @@ def compare(args: Sequence[str]) -> int:
         cluster = _cluster(options, directory)
         if options.wandb != "off":
             os.environ.setdefault("WANDB_SILENT", "true")
-        write_comparison(directory, comparison)
-        results = _train(comparison, directory, options, cluster, console)
-        _conclude(comparison, directory, results, console)
+        with only_one_in(directory):
+            runs = _runs(comparison, directory, options)
+            if options.only or options.seeds:
+                comparison = _with_finished(comparison, given, directory, options, console)
+            results = _train(runs, comparison, directory, options, cluster, console)
+            good = _conclude(comparison, directory, results, console)
     except ComparisonError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        console.print("\nStopped. The same command goes on after the runs that are finished.")
+        same = f"The same command{' without --fresh' if options.fresh else ''}"
+        console.print(f"\nStopped. {same} goes on after the runs that are finished.")
         return INTERRUPTED
-    return 1 if any(result.error for result in results) else 0
+    return 0 if good else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="this variant and the one that is compared with, a pattern such as 'kd-*' for several;"
-        " may be repeated",
+        help="train this variant and the one that is compared with, a pattern such as 'kd-*' for "
+        "several; may be repeated. The table has others of the file too that were finished before",
     )
-    parser.add_argument("--seeds", type=_integers, help="instead of the file's, e.g. 0,1,2")
+    parser.add_argument("--seeds", type=_integers, help="train these, not the file's, e.g. 0,1,2")
     parser.add_argument("--epochs", type=int, help="instead of the config's trainer.max_epochs")
     parser.add_argument(
         "--set",
@@ -184,31 +194,85 @@ def _cluster(options: argparse.Namespace, directory: Path) -> Cluster | None:
         return None
     from lightning_aux.cli.cluster import Cluster  # needs a package that nothing else needs
 
-    return Cluster(options.cluster, dict(options.cluster_set), directory / "jobs")
+    return Cluster(options.cluster, dict(options.cluster_set), directory / _JOBS)
+
+
+def _refuse_jobs_elsewhere(
+    pending: Sequence[TrainingRun], directory: Path, cluster: str | None
+) -> None:
+    recorded = [run for run in pending if (run.directory / JOB_FILE).exists()]
+    if not recorded:
+        return
+    try:
+        from lightning_aux.cli.cluster import refuse_jobs_elsewhere
+    except ImportError as error:
+        record = recorded[0].directory / JOB_FILE
+        raise ComparisonError(
+            f"{record}: an earlier command submitted this run as a job. To ask whether it goes on "
+            "needs submitit: pip install 'lightning-aux[cluster]'; or delete the file if the job "
+            "is known to have ended."
+        ) from error
+    refuse_jobs_elsewhere(recorded, directory / _JOBS, cluster)
+
+
+def _runs(
+    comparison: Comparison, directory: Path, options: argparse.Namespace
+) -> list[TrainingRun]:
+    """Every variant with every seed. Seeds outside, so that variants share slow periods."""
+    return [
+        TrainingRun(variant, seed, run_directory(directory, name, seed), options.wandb)
+        for seed in comparison.seeds
+        for name, variant in comparison.variants.items()
+    ]
+
+
+def _with_finished(
+    selected: Comparison,
+    given: tuple[int | None, dict[str, Any]],
+    directory: Path,
+    options: argparse.Namespace,
+    console: Console,
+) -> Comparison:
+    """The comparison with the variants and seeds of its file that were finished before, too."""
+    try:
+        whole = read_comparison(options.config, None, *given)
+    except ComparisonError as error:
+        console.print(Text(f"The table has nothing but what is selected: {error}"))
+        return selected
+    finished = [
+        run
+        for run in _runs(whole, directory, options)
+        if finished_result(run.directory, run.fingerprint)
+    ]
+    names = {*selected.variants, *(run.variant.name for run in finished)}
+    return replace(
+        selected,
+        seeds=tuple(sorted({*selected.seeds, *(run.seed for run in finished)})),
+        variants={name: each for name, each in whole.variants.items() if name in names},
+    )
 
 
 def _train(
+    runs: list[TrainingRun],
     comparison: Comparison,
     directory: Path,
     options: argparse.Namespace,
     cluster: Cluster | None,
     console: Console,
 ) -> list[RunResult]:
-    """All results, kept ones included. Seeds outside, so that variants share slow periods."""
-    runs = [
-        TrainingRun(variant, seed, run_directory(directory, name, seed), options.wandb)
-        for seed in comparison.seeds
-        for name, variant in comparison.variants.items()
-    ]
+    """All results: of `runs`, which are trained or kept, and what else the comparison has."""
+    results: dict[tuple[str, int], RunResult] = {}
+    for run in [] if options.fresh else runs:
+        kept = finished_result(run.directory, run.fingerprint)
+        if kept is not None:
+            _check_metrics(comparison, kept)
+            results[run.variant.name, run.seed] = kept
+    pending = [run for run in runs if (run.variant.name, run.seed) not in results]
+    _refuse_jobs_elsewhere(pending, directory, options.cluster)
+    write_comparison(directory, comparison)
     if options.fresh:
         for run in runs:
             run.clear()
-    results: dict[tuple[str, int], RunResult] = {}
-    for run in runs:
-        kept = finished_result(run.directory, run.fingerprint)
-        if kept is not None:
-            results[run.variant.name, run.seed] = kept
-    pending = [run for run in runs if (run.variant.name, run.seed) not in results]
     if results:
         console.print(
             f"{len(results)} of {len(runs)} runs were finished before and are kept; "
@@ -227,7 +291,11 @@ def _train(
             progress.finish(result, comparison.decides.metric)
             results[result.variant, result.seed] = result
             _check_metrics(comparison, result)
-    return [results[run.variant.name, run.seed] for run in runs]
+    there = (
+        results.get((run.variant.name, run.seed)) or run.result()
+        for run in _runs(comparison, directory, options)
+    )
+    return [result for result in there if result is not None]
 
 
 def _check_metrics(comparison: Comparison, result: RunResult) -> None:
@@ -239,15 +307,51 @@ def _check_metrics(comparison: Comparison, result: RunResult) -> None:
         logged = ", ".join(sorted(result.metrics)) or "nothing"
         raise ComparisonError(
             f"metric: the run of '{result.variant}' logged no '{missing}'.{guess} "
-            f"It logged: {logged}."
+            f"It logged: {logged}. Once the model logs it, --fresh trains this run again."
         )
 
 
 def _conclude(
     comparison: Comparison, directory: Path, results: list[RunResult], console: Console
-) -> None:
+) -> bool:
+    """Say and write what the runs show, what may fail last; whether all of it is there and good."""
     summaries = summarise(comparison, results)
     write_tables(directory, comparison, results, summaries)
+    console.print()
+    console.print(result_table(comparison, summaries))
+    for remark in remarks(results):
+        console.print(remark)
+    failed = {
+        (row.name, seed): error
+        for row in summaries
+        for measured in (*row.also, row)
+        for seed, error in measured.errors.items()
+    }
+    for (name, seed), error in failed.items():
+        console.print(Text(f"{name}, seed {seed} failed: {error}", style="red"))
+        details = run_directory(directory, name, seed) / ERROR_FILE
+        if details.exists():
+            console.print(f"  {details}")
+    try:
+        _draw(comparison, directory, results, summaries)
+    except Exception as error:
+        details = directory / REPORT_ERROR_FILE
+        details.write_text(traceback.format_exc())
+        said = f"the report failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        again = f"`lightning-aux report {directory}` makes it without training. {details}"
+        console.print(Text(f"{said}; {again}", style="red"))
+        return False
+    (directory / REPORT_ERROR_FILE).unlink(missing_ok=True)
+    console.print(f"report: {directory / REPORT_FILE}")
+    return not failed
+
+
+def _draw(
+    comparison: Comparison,
+    directory: Path,
+    results: list[RunResult],
+    summaries: list[VariantSummary],
+) -> None:
     for name, figure in (
         ("curves.png", draw_curves(comparison, results, LIGHT)),
         ("differences.png", draw_differences(comparison, summaries, LIGHT)),
@@ -255,12 +359,3 @@ def _conclude(
         if figure is not None:
             (directory / name).write_bytes(png(figure))
     (directory / REPORT_FILE).write_text(comparison_page(directory), encoding="utf-8")
-    console.print()
-    console.print(result_table(comparison, summaries))
-    for remark in remarks(results):
-        console.print(remark)
-    for row in summaries:
-        for seed, error in row.errors.items():
-            console.print(Text(f"{row.name}, seed {seed} failed: {error}", style="red"))
-            console.print(f"  {run_directory(directory, row.name, seed) / ERROR_FILE}")
-    console.print(f"report: {directory / REPORT_FILE}")

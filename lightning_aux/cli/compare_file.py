@@ -56,7 +56,7 @@ def read_comparison(
     content = load_mapping(path, "compare file")
     check_keys(content, _KEYS, str(path))
     for key in ("base", "metric"):
-        if key not in content:
+        if content.get(key) is None:
             raise ComparisonError(f"{path}: the key '{key}' is missing.")
     decides = _measure(content["metric"], content, str(path))
     also = _also(content.get("also") or {}, decides, path)
@@ -67,7 +67,7 @@ def read_comparison(
         common["trainer.max_epochs"] = epochs
     found = drafts(content.get("variants") or {}, path)
     names = [draft.name for draft in found]
-    reference = content.get("baseline", BASELINE)
+    reference = content.get("baseline") or BASELINE
     if reference not in names:
         raise ComparisonError(
             f"{path}: baseline: there is no variant '{reference}'.{guess(reference, names)} "
@@ -76,8 +76,8 @@ def read_comparison(
     if only := list(only):
         found = chosen(found, only, reference)
     return Comparison(
-        title=content.get("title", path.stem.replace("_", " ")),
-        description=content.get("description", ""),
+        title=content.get("title") or path.stem.replace("_", " "),
+        description=content.get("description") or "",
         decides=decides,
         also=also,
         curve=content.get("curve"),
@@ -108,8 +108,8 @@ def _also(written: dict[Any, Any], decides: Measure, path: Path) -> tuple[Measur
     return tuple(measures)
 
 
-def _seeds(values: list[Any], path: Path) -> tuple[int, ...]:
-    good = all(isinstance(seed, int) and seed >= 0 for seed in values)
+def _seeds(values: list[Any] | None, path: Path) -> tuple[int, ...]:
+    good = values and all(type(seed) is int and seed >= 0 for seed in values)  # True is an int too
     if not values or not good or len(set(values)) < len(values):
         raise ComparisonError(f"{path}: seeds are different integers from 0 up, not {values}.")
     return tuple(values)

@@ -169,7 +169,7 @@ def make_variant(
         recipe_config = load_config(path.parent / recipe, f"recipe of {where}")
         added = _training_callbacks(recipe_config.get("trainer", {}).pop("callbacks", None))
         config = _laid_over(config, recipe_config)
-    own = {**(draft.changes.get("set") or {}), **draft.changes.get("grid", {})}
+    own = {**(draft.changes.get("set") or {}), **(draft.changes.get("grid") or {})}
     values = {str(key): value for key, value in {**common, **own}.items()}
     of_callbacks = {key: value for key, value in values.items() if key[:1].isupper()}
     for key, value in values.items():

@@ -75,6 +75,13 @@ def sacct(folder: Path, arguments: list[str]) -> None:
 
 
 def scancel(folder: Path, arguments: list[str]) -> None:
+    """Ends jobs; where the folder has the file `slow`, they go on for two seconds."""
+    if (folder / "slow").exists():
+        (folder / "slow").unlink()
+        command = [sys.executable, __file__, "scancel", *arguments]
+        shell = f"sleep 2; exec {shlex.join(command)}"
+        subprocess.Popen(["sh", "-c", shell], start_new_session=True)
+        return
     for job in arguments:
         if not (folder / f"{job}.status").exists():
             (folder / f"{job}.status").write_text("cancelled")

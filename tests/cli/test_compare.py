@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from scipy.stats import ttest_rel
 
+from lightning_aux.cli import main
+from lightning_aux.cli.compare_file import read_comparison
+from lightning_aux.comparison import Measure
 from tests.cli.comparing import BASE, toy
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +220,10 @@ def test_config_beside_a_run_starts_the_same_run(place, tmp_path):
         ({"also": {"val_error": "min"}}, "expected 'mode' and 'unit', got 'min'"),
         ({"also": {"test_error": None}}, "is the metric that decides"),
         ({"seeds": [0, 0]}, "seeds are different integers"),
+        ({"seeds": [True, 2]}, "seeds are different integers from 0 up, not [True, 2]"),
+        ({"seeds": None}, "seeds are different integers from 0 up, not None"),
+        ({"base": None}, "the key 'base' is missing"),
+        ({"metric": None}, "the key 'metric' is missing"),
         ({"seeds": 3}, "'seeds' is a list, not 3"),
         ({"variants": {"a b": {}}}, "a name has letters, digits"),
         ({"variants": {"baseline": {"callbacks": []}}}, "is the plain base itself"),
@@ -240,6 +248,42 @@ def test_a_wrong_file_ends_before_anything_trains(place, capsys, content, messag
     assert not place.output.exists()
 
 
+def test_empty_keys_are_as_if_they_were_not_there(place):
+    path = Path(place.write()[1].removeprefix("--config="))
+    plain = read_comparison(path)
+    keys = ("title", "description", "mode", "unit", "also", "curve", "baseline", "set", "variants")
+    place.content.pop("mode")
+    place.write(**dict.fromkeys(keys))
+    empty = read_comparison(path)
+    assert empty == replace(plain, decides=Measure("test_error"))
+    place.write(variants={"a": dict.fromkeys(("recipe", "callbacks", "set", "grid"))})
+    variants = read_comparison(path).variants
+    assert variants["a"].resolved == variants["baseline"].resolved
+
+
+@pytest.mark.parametrize("name", ["compare.yaml", "base.yaml"])
+@pytest.mark.parametrize(
+    ("twice", "lines"),
+    [
+        ("  a: {x: &x {z: 1}}\n  b: {<<: *x, z: 2}\n  'a': {x: 2}\n", (2, 4, 3)),
+        ("  b: {lr: 1, lr: 2}\n", (2, 2, 14)),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_with_its_lines(place, capsys, name, twice, lines):
+    arguments = place.write(variants={"a": {"set": {"model.init_args.lr": 0.1}}})
+    file = place.path / name
+    before = len(file.read_text().splitlines())
+    file.write_text(f"{file.read_text()}extra:\n{twice}")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    first, second, column = lines
+    assert f"{file} is not valid YAML: the key '" in error
+    assert f"is there already, in line {before + first}" in error
+    assert f"line {before + second}, column {column}" in error
+
+
 def test_a_metric_that_nobody_logs_ends_after_the_first_run(place, capsys):
     with pytest.raises(SystemExit) as stop:
         place.compare(metric="tset_error")
@@ -247,6 +291,46 @@ def test_a_metric_that_nobody_logs_ends_after_the_first_run(place, capsys):
     error = capsys.readouterr().err
     assert "logged no 'tset_error'. Did you mean 'test_error'?" in error
     assert not place.run_directory("baseline", 1).exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"metric": "val_error", "also": {"test_error": None}}], ids=["decides", "also"]
+)
+def test_a_metric_that_is_not_finite_is_a_failure_without_a_file(place, capsys, settings):
+    variants = {"blows": {"callbacks": [toy("TestsNan")]}}
+    assert place.compare("--seeds=0", variants=variants, **settings) == 1
+    output = capsys.readouterr().out
+    assert "blows, seed 0 failed: test_error is nan" in output
+    assert "error.txt" not in output
+    assert place.compare("--seeds=0", **settings) == 0
+
+
+def test_a_kept_run_without_the_metric_ends_before_anything_trains(place, capsys):
+    place.compare("--seeds=0")
+    with pytest.raises(SystemExit) as stop:
+        place.compare("--seeds=1,0", metric="tset_error")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "logged no 'tset_error'. Did you mean 'test_error'?" in error
+    assert "--fresh trains this run again" in error
+    assert not place.run_directory("baseline", 1).exists()
+
+
+def test_an_error_in_the_report_leaves_table_and_csv(place, capsys, monkeypatch):
+    def breaks(*arguments):
+        raise ValueError("no such font")
+
+    monkeypatch.setattr("lightning_aux.cli.compare.draw_curves", breaks)
+    assert place.compare("--seeds=0") == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "mean ± sd" in output
+    assert f"ValueError: no such font; `lightning-aux report {place.output}`" in output
+    assert "in breaks" in (place.output / "report_error.txt").read_text()
+    assert [row["seed"] for row in place.rows("results.csv")] == ["0"]
+
+    monkeypatch.undo()
+    assert place.compare("--seeds=0") == 0
+    assert not (place.output / "report_error.txt").exists()
 
 
 def test_a_base_that_continues_a_checkpoint_is_refused(place, capsys):

@@ -7,7 +7,10 @@ import sys
 import pytest
 import submitit
 
+from lightning_aux.cli import cluster
+from lightning_aux.cli.compare_file import read_comparison
 from lightning_aux.cli.progress import RunProgress
+from lightning_aux.cli.training_run import TrainingRun
 from tests.cli import fake_slurm
 from tests.cli.comparing import toy
 
@@ -115,6 +118,66 @@ def test_a_job_of_an_older_config_is_cancelled(place, slurm, monkeypatch):
     assert place.compare("--seeds=0", "--epochs=2", *SLURM, set=settings) == 0
     assert fake_slurm.calls(slurm, "scancel") == [f"scancel {job}"]
     assert len(place.result("baseline", 0)["history"]) == 2
+
+
+def test_fresh_waits_until_the_cancelled_job_has_ended(place, slurm, monkeypatch, capsys):
+    """The old job finishes while it is being cancelled; its result is not that of the new one."""
+    go = place.path / "go"
+    settings = {"trainer.callbacks": [toy("WaitsFor", path=str(go))]}
+    once(monkeypatch, interrupt)
+    assert place.compare("--seeds=0", "--fresh", *SLURM, set=settings) == 130
+    assert "command without --fresh waits for them again" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    record = place.run_directory("baseline", 0) / "job.json"
+    old = json.loads(record.read_text())["job_id"]
+
+    (slurm / "slow").touch()
+    once(monkeypatch, go.touch)
+    assert place.compare("--seeds=0", "--fresh", *SLURM, set=settings) == 0
+    said = [line.split() for line in (slurm / "calls").read_text().splitlines()]
+    names = [line[0] for line in said]
+    assert said.count(["scancel", old]) == 2, "asked for, and carried out two seconds later"
+    second = names.index("sbatch", names.index("sbatch") + 1)
+    assert second > max(i for i, name in enumerate(names) if name == "scancel")
+    assert json.loads(record.read_text())["job_id"] != old
+
+
+def test_a_cancelled_job_that_does_not_end_is_an_error(place, slurm, monkeypatch, capsys):
+    settings = {"trainer.callbacks": [toy("WaitsFor", path=str(place.path / "never"))]}
+    once(monkeypatch, interrupt)
+    assert place.compare("--seeds=0", *SLURM, set=settings) == 130
+    monkeypatch.setattr("lightning_aux.cli.cluster._cancel", lambda *job: None)
+    monkeypatch.setattr("lightning_aux.cli.cluster.PATIENCE", 0.0)
+    with pytest.raises(SystemExit):
+        place.compare("--seeds=0", "--fresh", *SLURM, set=settings)
+    assert "not ended after 0 seconds" in capsys.readouterr().err
+    assert len(fake_slurm.calls(slurm, "sbatch")) == 1
+
+
+def test_runs_whose_jobs_go_on_are_not_trained_elsewhere(place, slurm, monkeypatch, capsys):
+    settings = {"trainer.callbacks": [toy("WaitsFor", path=str(place.path / "go"))]}
+    once(monkeypatch, interrupt)
+    assert place.compare("--seeds=0", *SLURM, set=settings) == 130
+    job = json.loads((place.run_directory("baseline", 0) / "job.json").read_text())["job_id"]
+    for flags in ((), ("--fresh",), ("--cluster=local",)):
+        with pytest.raises(SystemExit) as stop:
+            place.compare("--seeds=0", *flags, set=settings)
+        assert stop.value.code == 2
+        assert f"--cluster slurm, or end what is there: `scancel {job}`" in capsys.readouterr().err
+    fake_slurm.end_all(slurm)
+    (place.path / "go").touch()
+    assert place.compare("--seeds=0", set=settings) == 0
+
+
+def test_a_job_whose_run_has_finished_does_nothing(place):
+    """As when Slurm requeues it at its very end."""
+    place.compare("--seeds=0")
+    file = place.run_directory("baseline", 0) / "result.json"
+    before = file.stat().st_mtime_ns
+    (variant,) = read_comparison(place.path / "compare.yaml").variants.values()
+    cluster._train(TrainingRun(variant, 0, file.parent))
+    assert file.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(

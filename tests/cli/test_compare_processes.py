@@ -163,11 +163,11 @@ def test_peak_memory_is_that_of_training_and_shown_beside_time(place, capsys):
 
 
 def test_ctrl_c_ends_every_run(command):
-    process, runs = command("--jobs=2")
+    process, runs = command("--jobs=2", "--fresh")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "The same command goes on" in output
+    assert "The same command without --fresh goes on" in output
     assert not any(map(alive, runs))
 
 
@@ -175,6 +175,18 @@ def test_runs_end_when_the_command_is_gone(command):
     process, runs = command("--jobs=2")
     process.kill()
     assert soon(lambda: not any(map(alive, runs)))
+
+
+def test_two_commands_do_not_work_in_one_folder(place, command, capsys):
+    process, _ = command("--jobs=2")
+    with pytest.raises(SystemExit) as stop:
+        place.compare("--seeds=0")
+    assert stop.value.code == 2
+    said = f"another compare works in {place.output}; wait for it or give --output"
+    assert said in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    assert place.compare("--seeds=0") == 0, "its runs may still be about to end"
 
 
 def test_a_metric_that_nobody_logs_ends_runs_that_go_on(place, monkeypatch):

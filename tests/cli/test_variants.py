@@ -7,7 +7,7 @@ import yaml
 
 from lightning_aux.cli.compare_file import read_comparison
 from lightning_aux.cli.variants import drafts
-from lightning_aux.comparison import ComparisonError
+from lightning_aux.comparison import ComparisonError, read_comparison_of
 from tests.cli.comparing import BASE, toy
 
 
@@ -196,10 +196,28 @@ def test_only_some_variants_and_the_one_that_is_compared_with(place, variants):
         variants(written, only=["d"])
 
 
-def test_only_on_the_command_line_keeps_the_runs_of_the_others(place):
-    written = {"a": {}, "b": {"set": {"model.init_args.lr": 0.2}}}
-    assert place.compare("--seeds=0", "--only", "a", variants=written) == 0
+def test_what_is_not_selected_stays_in_the_tables_where_it_was_finished(place):
+    def compare(*flags, rate=0.2):
+        written = {"a": {}, "b": {"set": {"model.init_args.lr": rate}}, "c": {}}
+        assert place.compare(*flags, variants=written) == 0
+        shown = {(row["variant"], int(row["seed"])) for row in place.rows("results.csv")}
+        page = read_comparison_of(place.output)
+        names = {name for name, _ in shown}
+        assert list(page.variants) == [name for name in ("baseline", "a", "b") if name in names]
+        assert page.seeds == tuple(sorted({seed for _, seed in shown}))
+        return shown - {("baseline", 0)}
+
+    assert compare("--seeds=0", "--only=b") == {("b", 0)}
+    assert compare("--seeds=0", "--only=a") == {("a", 0), ("b", 0)}
+    before = (place.run_directory("b", 0) / "result.json").stat().st_mtime_ns
+    expected = {("a", 0), ("b", 0), ("a", 1), ("baseline", 1)}
+    assert compare("--seeds=1", "--only=a", "--fresh") == expected
+    assert (place.run_directory("b", 0) / "result.json").stat().st_mtime_ns == before
+    assert compare("--seeds=0", "--only=a", rate=0.3) == expected - {("b", 0)}
+
+
+def test_a_selection_stands_alone_where_another_variant_is_wrong(place, capsys):
+    written = {"a": {}, "b": {"set": {"model.init_args.lr": "fast"}}}
+    assert place.compare("--seeds=0", "--only=a", variants=written) == 0
+    assert "nothing but what is selected: " in capsys.readouterr().out
     assert [row["variant"] for row in place.rows("results.csv")] == ["baseline", "a"]
-    assert place.compare("--seeds=0", "--only", "b", variants=written) == 0
-    assert place.result("a", 0)["metrics"]
-    assert [row["variant"] for row in place.rows("results.csv")] == ["baseline", "b"]

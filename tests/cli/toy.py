@@ -135,6 +135,13 @@ class FailsOnce(Callback):
             raise RuntimeError("for the first time")
 
 
+class TestsNan(Callback):
+    """Spoils the model when training is over."""
+
+    def on_test_start(self, trainer, pl_module) -> None:
+        torch.nn.init.constant_(pl_module.net[1].bias, float("nan"))
+
+
 class Prints(Callback):
     def __init__(self, text: str) -> None:
         self.text = text
