@@ -21,6 +21,7 @@ from lightning_aux.cli.folder_lock import only_one_in
 from lightning_aux.cli.processes import train_in_processes
 from lightning_aux.cli.progress import RunProgress
 from lightning_aux.cli.table import result_table
+from lightning_aux.cli.terminal import terminal
 from lightning_aux.cli.training_run import TrainingRun
 from lightning_aux.comparison import (
     ERROR_FILE,
@@ -65,7 +66,7 @@ def compare(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     if options.cluster_set and options.cluster is None:
         parser.error("--cluster-set says how jobs are submitted: name a cluster with --cluster.")
-    console = _console()
+    console = terminal(120)
     try:
         given = options.epochs, dict(options.set)
         comparison = read_comparison(options.config, options.seeds, *given, options.only)
@@ -181,12 +182,6 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {error}") from None
-
-
-def _console() -> Console:
-    """The terminal; a file or a pipe has no width of its own and gets one that fits the table."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def _cluster(options: argparse.Namespace, directory: Path) -> Cluster | None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_aux.report.charts import Chart
-from lightning_aux.report.figures import DARK, DASHES, LIGHT, Theme, canvas
+from lightning_aux.report.figures import DARK, LIGHT, Theme, canvas, style_of
 
 # Colours that stand for variables of the stylesheet until the drawing is done.
 _COLOURS = {
@@ -47,9 +47,7 @@ class Drawn:
 
 def variables(theme: Theme) -> str:
     """The colours of a theme as variables of a stylesheet."""
-    named = {name: getattr(theme, name) for name in _COLOURS}
-    named |= {f"series-{place}": colour for place, colour in enumerate(theme.series)}
-    return "; ".join(f"--chart-{name}: {colour}" for name, colour in named.items())
+    return "; ".join(f"--chart-{name}: {colour}" for name, colour in _named(theme).items())
 
 
 def css_variables() -> tuple[str, str]:
@@ -59,9 +57,7 @@ def css_variables() -> tuple[str, str]:
 
 def swatch(place: int, reference: int | None = None) -> str:
     """The colour of a line, as a value in a stylesheet."""
-    if place == reference:
-        return "var(--chart-reference)"
-    return f"var(--chart-series-{_position(place, reference) % len(_SERIES)})"
+    return _as_variables(style_of(place, reference, PAGE)[0])
 
 
 def draw(chart: Chart, reference: int | None = None) -> Drawn:
@@ -73,7 +69,7 @@ def draw(chart: Chart, reference: int | None = None) -> Drawn:
     """
     figure, axes = canvas(*SMALL, PAGE)
     for line in chart.lines:
-        colour, dash = _style(line.place, reference)
+        colour, dash = style_of(line.place, reference, PAGE)
         dash = "--" if line.dashed else dash
         if line.seeds > 1 and not line.dashed:
             band = axes.fill_between(
@@ -115,25 +111,23 @@ def inline(figure: Figure, label: str) -> str:
     text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    for name, colour in _COLOURS.items():
-        text = text.replace(colour, f"var(--chart-{name})")
-    for place, colour in enumerate(_SERIES):
-        text = text.replace(colour, f"var(--chart-series-{place})")
     text = re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
         rf'<svg role="img" viewBox="\1" aria-label="{escape(label)}">',
         text,
         count=1,
     )
-    return re.sub(r">\s+<", "><", text).strip()
+    return _as_variables(re.sub(r">\s+<", "><", text).strip())
 
 
-def _position(place: int, reference: int | None) -> int:
-    return place if reference is None or place < reference else place - 1
+def _as_variables(text: str) -> str:
+    """With the variables of the stylesheet for the colours of `PAGE`."""
+    for name, colour in _named(PAGE).items():
+        text = text.replace(colour, f"var(--chart-{name})")
+    return text
 
 
-def _style(place: int, reference: int | None) -> tuple[str, str]:
-    if place == reference:
-        return PAGE.reference, "-"
-    rounds, position = divmod(_position(place, reference), len(_SERIES))
-    return PAGE.series[position], DASHES[rounds % len(DASHES)]
+def _named(theme: Theme) -> dict[str, str]:
+    """The colours of a theme by the names of their variables."""
+    named = {name: getattr(theme, name) for name in _COLOURS}
+    return named | {f"series-{place}": colour for place, colour in enumerate(theme.series)}

@@ -202,12 +202,17 @@ def _curve(results: Sequence[RunResult], name: str, metric: str | None) -> np.nd
 
 
 def _style(comparison: Comparison, name: str, theme: Theme) -> tuple[str, str]:
-    """Colour and dash of a variant: the reference is grey, the others keep their place."""
-    if name == comparison.reference:
+    names = list(comparison.variants)
+    return style_of(names.index(name), names.index(comparison.reference), theme)
+
+
+def style_of(place: int, reference: int | None, theme: Theme) -> tuple[str, str]:
+    """Colour and dash of a line: the reference is grey, the others keep their place."""
+    if place == reference:
         return theme.reference, "-"
-    index = [other for other in comparison.variants if other != comparison.reference].index(name)
-    rounds, place = divmod(index, len(theme.series))
-    return theme.series[place], DASHES[rounds % len(DASHES)]
+    others = place if reference is None or place < reference else place - 1
+    rounds, position = divmod(others, len(theme.series))
+    return theme.series[position], DASHES[rounds % len(DASHES)]
 
 
 class _End(NamedTuple):

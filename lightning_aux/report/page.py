@@ -13,15 +13,14 @@ from lightning_aux.report.drawing import css_variables, draw, swatch
 REPORT_FILE = "report.html"
 
 _LIGHT, _DARK = css_variables()
+_DARK = f"""color-scheme: dark; --back: #0d1117; --card: #161b22; --text: #e6e9ef; --faint: #363d48;
+  --soft: #a4adba; --good: #4fd6a5; --bad: #ff8e85; --mark: #222936; {_DARK};"""
 _STYLE = (
     f"""
 :root {{ color-scheme: light; --back: #f6f7f9; --card: #fff; --text: #1c2128; --faint: #d5d9e0;
   --soft: #57606a; --good: #0a6b45; --bad: #b3261e; --mark: #eef1f6; {_LIGHT}; }}
-@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ color-scheme: dark;
-  --back: #0d1117; --card: #161b22; --text: #e6e9ef; --faint: #363d48; --soft: #a4adba;
-  --good: #4fd6a5; --bad: #ff8e85; --mark: #222936; {_DARK}; }} }}
-:root[data-theme="dark"] {{ color-scheme: dark; --back: #0d1117; --card: #161b22; --text: #e6e9ef;
-  --faint: #363d48; --soft: #a4adba; --good: #4fd6a5; --bad: #ff8e85; --mark: #222936; {_DARK}; }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {_DARK} }} }}
+:root[data-theme="dark"] {{ {_DARK} }}
 """
     + """
 * { box-sizing: border-box; }
