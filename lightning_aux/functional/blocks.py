@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,26 +19,35 @@ from .precision import at_least_float32
 
 CPU_BLOCK = 2**18
 """Elements of a block on the CPU: in float32 a few of that size fit into its outer caches."""
+CPU_WHOLE = 4
+"""As many blocks on the CPU are still one: to divide costs another tensor for the gradient."""
 BLOCK = 2**24
 """Elements of a block elsewhere: enough for a GPU to forget that there are several."""
+
+
+Slopes: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Measure(NamedTuple):
     """What is averaged: a number for each example, of one tensor with a gradient and one without.
 
-    Both functions take the two tensors in float32 or float64 and leave them as they are.
+    All functions take the two tensors in float32 or float64 and leave them as they are.
 
     Attributes:
         values: one number per example, by operations that autograd can follow twice.
         slopes: the same numbers, and their derivatives by the first tensor, without autograd.
         factor: of the values that `slopes` returns.
         slope_factor: of the derivatives that it returns.
+        quick: `slopes` for numbers that need no care, such as finite ones. Its values are NaN or
+            infinite wherever it is not to be believed, and then `slopes` is asked too; only on the
+            CPU, where looking at a value does not mean waiting for it.
     """
 
     values: Callable[[Tensor, Tensor], Tensor]
-    slopes: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    slopes: Slopes
     factor: float = 1.0
     slope_factor: float = 1.0
+    quick: Slopes | None = None
 
 
 def mean_over_examples(
@@ -60,8 +69,8 @@ def mean_over_examples(
     Returns:
         A scalar: float64 for float64, else float32.
     """
-    teacher = teacher.detach()
-    mask = None if mask is None else mask.detach()
+    teacher = teacher.detach() if teacher.requires_grad else teacher
+    mask = mask.detach() if mask is not None and mask.requires_grad else mask
     # A graph that is being compiled is fused anyway, and a tensor of another class (one that is
     # spread over processes, say) knows operations but not this way of going through them.
     if torch.compiler.is_compiling() or type(student) not in (Tensor, Parameter):
@@ -73,10 +82,10 @@ def mean_over_examples(
 
 
 class _Blocks(torch.autograd.Function):
-    """The gradient is ready after the forward pass and handed over by the first backward pass.
+    """The derivatives are ready after the forward pass, the first backward pass scales them.
 
-    In float16 it waits for the backward pass instead: what is too small for float16 would be lost
-    before the factor of a loss scaler could save it.
+    In float16 they wait for the backward pass: what is too small for float16 would be lost before
+    the factor of a loss scaler could save it.
     """
 
     @staticmethod
@@ -84,26 +93,28 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, measure: Measure
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, mask)
-        ctx.dim, ctx.measure, ctx.gradient = dim, measure, None
+        ctx.rest = dim, measure
+        ctx.slope = None
         if student.dtype == torch.float16:
             return _values(student, teacher, mask, dim, measure)
-        mean, ctx.gradient = _gradient(student, teacher, mask, dim, measure)
+        mean, ctx.slope = _slope(student, teacher, mask, dim, measure)
         return mean
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> Any:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and not torch.is_grad_enabled():
-            return _scaled_(gradient, outer, ctx.dim), None, None, None, None
+        slope, ctx.slope = ctx.slope, None
+        dim, measure = ctx.rest
+        if slope is not None and not torch.is_grad_enabled():
+            return _scaled_(slope, outer, dim, measure), None, None, None, None
         student, teacher, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated too
-            mean = _plain(student, teacher, mask, ctx.dim, ctx.measure)
+            mean = _plain(student, teacher, mask, dim, measure)
             (gradient,) = torch.autograd.grad(mean, student, outer, create_graph=True)
         elif student.dtype == torch.float16:
-            _, gradient = _gradient(student, teacher, mask, ctx.dim, ctx.measure, outer)
-        else:  # of a graph that was retained: equal to the first gradient to the last bit
-            _, gradient = _gradient(student, teacher, mask, ctx.dim, ctx.measure)
-            gradient = _scaled_(gradient, outer, ctx.dim)
+            _, gradient = _slope(student, teacher, mask, dim, measure, outer)
+        else:  # of a graph that was retained: equal to the first to the last bit
+            _, slope = _slope(student, teacher, mask, dim, measure)
+            gradient = _scaled_(slope, outer, dim, measure)
         return gradient, None, None, None, None
 
 
@@ -119,13 +130,12 @@ def _values(
 ) -> Tensor:
     sums = []
     for part in _parts(student.shape, dim, block_size(student)):
-        s, t, m = _cut(student, teacher, mask, dim, part)
-        values, _ = measure.slopes(*_cleaned(s, t, m, dim))
-        sums.append((values if m is None else values * m.to(values.dtype)).sum())
-    return _sum(sums) * (measure.factor / _count(student, dim))
+        values, _ = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
+        sums.append(values.sum())
+    return torch.stack(sums).sum() * (measure.factor / _count(student, dim))
 
 
-def _gradient(
+def _slope(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
@@ -133,37 +143,55 @@ def _gradient(
     measure: Measure,
     outer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the mean, and its gradient times `outer` in the dtype of `student`."""
-    count = _count(student, dim)
-    factor: Tensor | float = measure.slope_factor / count
-    if outer is not None:
-        factor = factor * outer
-    parts = list(_parts(student.shape, dim, block_size(student)))
-    gradient = None if parts == [None] else torch.empty_like(student)
-    sums = []
-    for part in parts:
-        s, t, m = _cut(student, teacher, mask, dim, part)
-        values, slope = measure.slopes(*_cleaned(s, t, m, dim))
-        if m is not None:
-            weight = m.to(values.dtype)
-            values, slope = values * weight, slope.mul_(weight.unsqueeze(dim))
-        sums.append(values.sum())
-        if gradient is None:
-            gradient = slope.mul_(factor).to(student.dtype)
-        else:
-            torch.mul(slope, factor, out=gradient[part])
-    assert gradient is not None
-    return _sum(sums) * (measure.factor / count), gradient
+    """Returns the mean, and its derivatives in the dtype of `student`.
+
+    In half precision these are multiplied by all factors, `outer` being one, before they are
+    rounded; otherwise not yet, so that it happens once and for all.
+    """
+    factor: Tensor | float | None = None
+    if student.dtype in (torch.bfloat16, torch.float16):
+        factor = measure.slope_factor / _count(student, dim)
+        factor = factor if outer is None else factor * outer
+    size = block_size(student)
+    if student.numel() <= (CPU_WHOLE * size if student.device.type == "cpu" else size):
+        values, slope = _of_block(student, teacher, mask, dim, measure)
+        mean = values.mean()
+        slopes = slope if factor is None else slope.mul_(factor).to(student.dtype)
+    else:
+        slopes, sums = torch.empty_like(student), []
+        for part in _parts(student.shape, dim, size):
+            values, slope = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
+            sums.append(values.sum())
+            slopes[part] = slope if factor is None else slope.mul_(factor)
+        mean = torch.stack(sums).sum() / _count(student, dim)
+    return mean if measure.factor == 1 else mean * measure.factor, slopes
 
 
-def _scaled_(gradient: Tensor, factor: Tensor, dim: int) -> Tensor:
-    """Times the factor, which itself is not rounded to half precision."""
-    if gradient.dtype == factor.dtype:
-        return gradient.mul_(factor)
-    for part in _parts(gradient.shape, dim, block_size(gradient)):
-        block = gradient if part is None else gradient[part]
-        block.copy_(block.to(factor.dtype).mul_(factor))
-    return gradient
+def _of_block(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, measure: Measure
+) -> tuple[Tensor, Tensor]:
+    """Values and slopes, 0 where an example does not count."""
+    student, teacher = _cleaned(student, teacher, mask, dim)
+    found = None
+    if measure.quick is not None and student.device.type == "cpu":
+        found = measure.quick(student, teacher)
+        if not math.isfinite(found[0].sum().item()):
+            found = None
+    values, slope = found or measure.slopes(student, teacher)
+    if mask is not None:
+        weight = mask.to(values.dtype)
+        values, slope = values * weight, slope.mul_(weight.unsqueeze(dim))
+    return values, slope
+
+
+def _scaled_(slope: Tensor, outer: Tensor, dim: int, measure: Measure) -> Tensor:
+    """Times the factors of which `_slope` has not made use; they are not rounded."""
+    if slope.dtype == outer.dtype:
+        return slope.mul_(outer * (measure.slope_factor / _count(slope, dim)))
+    for part in _parts(slope.shape, dim, block_size(slope)):
+        block = slope[part]
+        block.copy_(block.to(outer.dtype).mul_(outer))
+    return slope
 
 
 def _cleaned(
@@ -177,34 +205,31 @@ def _cleaned(
         if teacher.ndim == student.ndim:
             teacher = teacher.masked_fill(left_out, 0)
     student = at_least_float32(student)
-    return student, teacher.to(student.dtype) if teacher.is_floating_point() else teacher
+    if teacher.dtype != student.dtype and teacher.is_floating_point():
+        teacher = teacher.to(student.dtype)
+    return student, teacher
 
 
 Part = tuple[slice, ...]
 
 
 def _cut(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, part: Part | None
+    student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, part: Part
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if part is None:
-        return student, teacher, mask
     examples = part[:dim] + part[dim + 1 :]
     other = teacher[part if teacher.ndim == student.ndim else examples]
     return student[part], other, None if mask is None else mask[examples]
 
 
-def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part | None]:
+def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part]:
     """Slices that cut a tensor into parts of at most `size` elements, if one example is not more.
 
-    The outermost dimensions are cut, whatever the place of `dim`, so nothing is transposed; None
-    stands for all of it.
+    The outermost dimensions are cut, whatever the place of `dim`, so nothing is transposed; no
+    slice at all stands for all of it.
     """
-    if math.prod(shape) <= size:
-        yield None
-        return
     along = next((d for d, length in enumerate(shape) if d != dim and length > 1), None)
-    if along is None:
-        yield None
+    if along is None or math.prod(shape) <= size:
+        yield ()
         return
     step = max(1, size * shape[along] // math.prod(shape))
     for start in range(0, shape[along], step):
@@ -222,8 +247,4 @@ def block_size(tensor: Tensor) -> int:
 
 
 def _count(tensor: Tensor, dim: int) -> int:
-    return math.prod(tensor.shape[:dim]) * math.prod(tensor.shape[dim + 1 :])
-
-
-def _sum(sums: list[Tensor]) -> Tensor:
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return tensor.numel() // tensor.shape[dim]

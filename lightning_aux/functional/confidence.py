@@ -114,21 +114,26 @@ def coverage_loss(
     def values(z: Tensor, y: Tensor) -> Tensor:
         return of(expected(torch.log_softmax(z, dim), y, dim))
 
+    def quick(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        q = torch.softmax(z, dim)
+        p = expected(q, y, dim)
+        return from_log_p(p.log().masked_fill_(p < 1e-30, math.nan), q, y)
+
     def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         log_q = torch.log_softmax(z, dim)
-        with torch.enable_grad():  # of one number for each example
-            log_p = expected(log_q, y, dim).requires_grad_()
-            found = of(log_p)
-            (steep,) = torch.autograd.grad(found.sum(), log_p)
-        steep = steep.unsqueeze(dim)
-        slope = log_q.exp_().mul_(-steep)
-        if y.is_floating_point():
-            slope.mul_(y.sum(dim, keepdim=True)).add_(steep * y)
-        else:
-            slope.scatter_add_(dim, y.unsqueeze(dim), steep)
-        return found.detach(), slope
+        return from_log_p(expected(log_q, y, dim), log_q.exp_(), y)
 
-    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes))
+    def from_log_p(log_p: Tensor, q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found, steep = _none_of_and_slope(log_p, samples)
+        if difference:
+            found, steep = found + log_p, steep + 1
+        steep = steep.unsqueeze(dim)
+        if y.is_floating_point():
+            return found, q.mul_(-steep * y.sum(dim, keepdim=True)).add_(steep * y)
+        return found, q.mul_(-steep).scatter_add_(dim, y.unsqueeze(dim), steep)
+
+    known = None if target.is_floating_point() else quick  # which class the p is of
+    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes, quick=known))
 
 
 def _none_of(log_p: Tensor, samples: float) -> Tensor:
@@ -138,6 +143,17 @@ def _none_of(log_p: Tensor, samples: float) -> Tensor:
     p = torch.where(tiny, -1.0, log_p).exp().clamp_max(1 - torch.finfo(log_p.dtype).eps)
     certain = -torch.log(-torch.expm1(samples * torch.log1p(-p)))
     return torch.where(tiny, -log_p - math.log(samples), certain)
+
+
+def _none_of_and_slope(log_p: Tensor, samples: float) -> tuple[Tensor, Tensor]:
+    """The same without autograd, and −N·p·(1 − p)^(N−1) / (1 − (1 − p)^N), its slope by log p."""
+    tiny = log_p < -40
+    p = log_p.exp().clamp_max_(1 - torch.finfo(log_p.dtype).eps)
+    log_wrong = torch.log1p(-p)
+    some_right = torch.expm1(samples * log_wrong).neg_()
+    steep = log_wrong.mul_(samples - 1).exp_().mul_(p).div_(some_right).mul_(-samples)
+    found = torch.where(tiny, -math.log(samples) - log_p, some_right.log_().neg_())
+    return found, steep.masked_fill_(tiny, -1)
 
 
 @torch.no_grad()

@@ -159,8 +159,10 @@ def alpha_divergence(
 
     def slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
         q, p = (_Logged(log_q, log_q.exp()), _Logged(log_p, log_p.exp()))
-        low, high = (classes.total(_alpha_terms(q, p, each, clip)) for each in both)
-        first, second = (_alpha_slope(q, p, each, clip) for each in both)
+        log_ratio = log_p - log_q
+        (low, first), (high, second) = (
+            _alpha_slopes(q, p, log_ratio, each, clip, classes) for each in both
+        )
         slope = torch.where(classes.spread(low > high), first, second)
         return torch.maximum(low, high), _through_softmax_(slope, q.exp, classes)[1]
 
@@ -438,22 +440,36 @@ def _alpha_terms(q: _Logged, p: _Logged, alpha: float, clip: float) -> Tensor:
     return until + clip / alpha * relu((a.log - border).exp() - b.exp)
 
 
-def _alpha_slope(q: _Logged, p: _Logged, alpha: float, clip: float) -> Tensor:
-    """q·∂D_α/∂q up to a multiple of q, which a softmax does not see."""
+def _alpha_slopes(
+    q: _Logged, p: _Logged, log_ratio: Tensor, alpha: float, clip: float, classes: _Classes
+) -> tuple[Tensor, Tensor]:
+    """The value of each example, and q·∂D_α/∂q up to a multiple of q, which a softmax ignores."""
     if alpha == 1:
-        return p.exp.neg()
-    if alpha > 0.5:  # −q·(p/q)^α/α
-        log_ratio = torch.where(p.exp > 0, p.log - q.log, 0)
-        weighted = log_ratio.mul_(alpha - 1).exp_().mul_(p.exp)
-        if alpha > 1 and clip < math.inf:
-            weighted = torch.minimum(weighted, q.exp * clip)
-        return weighted.div_(-alpha)
-    log_ratio = torch.where(q.exp > 0, p.log - q.log, 0)
+        return classes.total(_product_(p.exp, log_ratio)), p.exp.neg()
     if alpha == 0:
-        return log_ratio.mul_(q.exp).neg_()
-    if alpha < 0 and clip < math.inf:
-        log_ratio.clamp_min_(math.log(clip) / alpha)
-    return log_ratio.mul_(alpha).expm1_().mul_(q.exp).div_(-alpha)  # −q·((p/q)^α − 1)/α
+        terms = _product_(q.exp, log_ratio).neg_()
+        return classes.total(terms), terms
+    clipped = clip < math.inf and not 0 <= alpha <= 1
+    border = math.log(clip) / abs(alpha) if clipped else math.inf  # where (p/q)^α = clip
+    if alpha < 0.5:  # −q·((p/q)^α − 1)/α
+        excess = torch.where(q.exp > 0, log_ratio, 0)
+        if clipped:
+            excess.clamp_min_(-border)
+        excess = excess.mul_(alpha).expm1_().mul_(q.exp)
+        value, slope = classes.total(excess), excess.div(-alpha)
+        beyond = q.exp - (p.log + border).exp_() if clipped else None
+    else:  # −q·(p/q)^α/α
+        excess = torch.where(p.exp > 0, log_ratio, 0)
+        if clipped:
+            excess.clamp_max_(border)
+        excess = excess.mul_(alpha - 1).expm1_().mul_(p.exp)
+        value, slope = classes.total(excess), excess.add_(p.exp)
+        slope = (torch.minimum(slope, q.exp * clip) if clipped else slope).div_(-alpha)
+        beyond = (p.log - border).exp_().sub_(q.exp) if clipped else None
+    value = value / (alpha * (alpha - 1))
+    if beyond is not None:  # a line from the border on
+        value = value + clip / max(alpha, 1 - alpha) * classes.total(beyond.relu_())
+    return value, slope
 
 
 def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
@@ -463,16 +479,14 @@ def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def values(student: Tensor, teacher: Tensor) -> Tensor:
         return (finite(student) - finite(teacher)).square().mean(dim)
 
-    def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        if student.device.type == "cpu":  # elsewhere looking for NaN would wait for the device
-            d = student - teacher
-            squares = torch.linalg.vector_norm(d, dim=dim).square_()
-            if not squares.isnan().any():
-                return squares, d
-        d = finite(student).sub_(finite(teacher))
+    def quick(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        d = student - teacher
         return torch.linalg.vector_norm(d, dim=dim).square_(), d
 
-    return Measure(values, slopes, 1 / classes, 2 / classes)
+    def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return quick(finite(student), finite(teacher))
+
+    return Measure(values, slopes, 1 / classes, 2 / classes, quick)
 
 
 def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
@@ -488,11 +502,13 @@ def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure
         student, teacher = cleaned(student, teacher)
         return 1 - (student / norm(student) * (teacher / norm(teacher))).sum(dim)
 
-    def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = cleaned(student, teacher)
-        length = norm(s)
-        s, t = s.div_(length), t.div_(norm(t))
+    def quick(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        length = norm(student)
+        s, t = student / length, teacher / norm(teacher)
         cosine = (s * t).sum(dim, keepdim=True)
         return 1 - cosine.squeeze(dim), s.mul_(cosine).sub_(t).div_(length)
 
-    return Measure(values, slopes)
+    def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return quick(*cleaned(student, teacher))
+
+    return Measure(values, slopes, quick=quick)

@@ -114,13 +114,13 @@ def labelled(
             f"the target must be class indices of shape {tuple(examples)}, or probabilities of "
             f"shape {tuple(logits.shape)}, but is {target.dtype} of shape {tuple(target.shape)}"
         )
+    target = target.long()
+    asks = mask is None and target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asks and target.numel() and int(target.min()) >= 0:
+        return target, None  # asking is free on the CPU, and a mask costs one more pass
     known = target != IGNORED
-    if mask is not None:
-        mask = checked_mask(mask, examples) * known  # weights stay weights
-        return target.long().masked_fill(mask == 0, 0), mask
-    if known.device.type == "cpu" and not torch.compiler.is_compiling() and bool(known.all()):
-        return target.long(), None  # asking is free here, and a mask costs one more pass
-    return target.long().masked_fill(~known, 0), known
+    mask = known if mask is None else checked_mask(mask, examples) * known  # weights stay weights
+    return target.masked_fill(mask == 0, 0), mask
 
 
 def expected(values: Tensor, target: Tensor, dim: int) -> Tensor:

@@ -100,7 +100,9 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
         return torch.logsumexp(z, dim).square()
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        log_z = torch.logsumexp(z, dim, keepdim=True)
-        return log_z.squeeze(dim).square(), (z - log_z).exp_().mul_(log_z)
+        q = torch.softmax(z, dim)
+        # The largest logit minus the log of its probability, at least 1/K.
+        log_z = z.amax(dim, keepdim=True).sub_(q.amax(dim, keepdim=True).log_())
+        return log_z.squeeze(dim).square(), q.mul_(log_z)
 
     return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes, slope_factor=2.0))

@@ -41,17 +41,16 @@ def label_smoothing(
         return expected(z, y, dim) - z.mean(dim)
 
     def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        even = -1 / z.shape[dim]
-        if y.is_floating_point():
-            return values(z, y), y + even
-        return values(z, y), _raised(torch.full_like(z, even), y, dim)
+        slope = y - 1 / z.shape[dim] if y.is_floating_point() else _one_above(z, y, dim)
+        return values(z, y), slope
 
     return mean_over_examples(logits, target, counted, dim, Measure(values, slopes))
 
 
-def _raised(slope: Tensor, place: Tensor, dim: int) -> Tensor:
-    """1 more in one class of each example."""
-    return slope.scatter_add_(dim, place.unsqueeze(dim), slope.new_ones(()).expand_as(slope))
+def _one_above(logits: Tensor, place: Tensor, dim: int) -> Tensor:
+    """1 − 1/K in one class of each example, −1/K in the others."""
+    others = -1 / logits.shape[dim]
+    return torch.full_like(logits, others).scatter_(dim, place.unsqueeze(dim), 1 + others)
 
 
 def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -80,7 +79,6 @@ def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         largest, place = z.max(dim)
-        slope = torch.full_like(z, -1 / z.shape[dim])
-        return largest - z.mean(dim), _raised(slope, place, dim)
+        return largest - z.mean(dim), _one_above(z, place, dim)
 
     return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))
