@@ -24,7 +24,7 @@ from lightning_aux.registry import ENTRIES
 from lightning_aux.schedule import Steps
 from tests.contract.models import FEATURES, HIDDEN, Classifier, Samples
 from tests.contract.probe import Probe
-from tests.contract.strategies.places import BATCH, BATCHES, Place, train, whole_weights
+from tests.contract.strategies.places import BATCH, STEPS, WINDOW, Place, train, whole_weights
 from tests.contract.strategies.watching import (
     Collectives,
     Rows,
@@ -58,7 +58,7 @@ WEIGHT = "linear(0.2, 1, until=100%)"
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd": ({}, {}),
     "adam": ({"optimizer": "adam"}, {}),
-    "accumulated": ({}, {"accumulate_grad_batches": 4}),
+    "accumulated": ({}, {"accumulate_grad_batches": WINDOW}),
     "manual": ({"manual": True}, {}),
     "BatchNorm": ({"norm": True}, {}),
     "bf16-mixed": ({}, {"precision": "bf16-mixed"}),
@@ -66,7 +66,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 STATES = ("sgd", "accumulated", "BatchNorm")  # the variants in which states are noted
 FORMS = {"file": False, "folder": True}
-SAVED_AT = 5  # of 14 steps: within the first epoch
+SAVED_AT = 3  # within the first epoch
 SICK_AT = 2
 
 Job = Callable[[], dict[str, Any]]
@@ -455,7 +455,7 @@ def of_kind(place: Place, mixed_in: type, one_process: bool) -> type[Classifier]
 
 
 def in_two_backwards(place: Place, case: str) -> dict[str, Any]:
-    added = added_for(case, 0.5)
+    added = added_for(case, 2.0)
     kind = of_kind(place, Halved, place.processes == 1)
     module, trainer = train(place, added, {"manual": True}, kind=kind)
     return {
@@ -562,9 +562,9 @@ def adversaries(place: Place) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- heads
 SILENT: dict[str, Any] = {
-    "at first": "late(0.5, start=5)",
+    "at first": f"late(0.5, start={STEPS // 2})",
     "every second step": Steps(
-        tuple(0.5 * (step % 2) for step in range(2 * BATCHES)), tuple(range(1, 2 * BATCHES))
+        tuple(0.5 * (step % 2) for step in range(STEPS)), tuple(range(1, STEPS))
     ),
     "always": 0.0,
 }

@@ -8,6 +8,7 @@ import pytest
 
 from tests.contract.strategies.jobs import WITHOUT, differing
 from tests.contract.strategies.matrix import COMPARABLE, every_place
+from tests.contract.strategies.places import BATCHES
 from tests.contract.training import TERMS
 
 PARTS = {"weights", "optimizer", "random"}
@@ -33,7 +34,7 @@ def test_f71_second_forwards_leave_training_and_running_statistics_bit_identical
     """A teacher's pass and a second pass of the student in every step; ddp broadcasts buffers."""
     watched = ended(place, "watched", rank)
     without = ended(place, f"weight 0 {WITHOUT}", rank)
-    assert watched["seen"] == 2 * 7 * 8
+    assert watched["seen"] == 2 * BATCHES * 8
     assert differing(watched, without) == []
     assert any(name.endswith("running_mean") for name in without["weights"])
 

@@ -25,7 +25,7 @@ from tests.contract.strategies.matrix import (
     in_one_process,
     replicated,
 )
-from tests.contract.strategies.places import PLACES
+from tests.contract.strategies.places import PLACES, STEPS
 from tests.contract.training import identical
 
 every_variant = pytest.mark.parametrize(
@@ -46,9 +46,10 @@ HEADED = [name for name in COMPARABLE if name == HEAD]
 def test_two_half_batches_give_the_weights_of_one_batch(
     ended: Any, place: str, entry: str, variant: str
 ) -> None:
-    """Under a schedule of weights; heads too. Accumulated: windows of four and of three batches."""
+    """Under a schedule of weights; heads too. Accumulated: windows of three and of one batch."""
     alone, here = in_one_process(place, entry, variant), ended(place, f"{variant} {entry}")
-    assert here["global_step"] == alone["global_step"] == (4 if variant == "accumulated" else 14)
+    steps = 4 if variant == "accumulated" else STEPS
+    assert here["global_step"] == alone["global_step"] == steps
     assert furthest(here["weights"], alone["weights"]) < TOLERANCE
     assert furthest(here["head"], alone["head"]) < TOLERANCE
 
@@ -72,7 +73,7 @@ def test_f22_a_teacher_of_a_model_with_batchnorm_is_the_same_on_both_processes(
 ) -> None:
     """Its buffers too, although those of the live module differ until ddp makes them equal."""
     first, second = (replicated(ended(place, f"BatchNorm {entry}", rank)) for rank in (0, 1))
-    assert len(first["states"]) == 14
+    assert len(first["states"]) == STEPS
     assert identical(first["states"], second["states"])
     parameters = [name for name in first["weights"] if "running" not in name]
     for name in parameters:
@@ -86,7 +87,7 @@ def test_f22_f24_teachers_and_memories_are_those_of_one_process_in_every_step(
     ended: Any, place: str, entry: str, variant: str
 ) -> None:
     alone, here = in_one_process(place, entry, variant), ended(place, f"{variant} {entry}")
-    assert len(here["states"]) == 14
+    assert len(here["states"]) == STEPS
     assert furthest(here["states"], alone["states"]) < TOLERANCE
 
 
@@ -96,9 +97,9 @@ def test_f22_f24_teachers_and_memories_are_those_of_one_process_in_every_step(
 def test_f14_f28_what_is_remembered_moves_once_per_optimizer_step(
     ended: Any, place: str, entry: str
 ) -> None:
-    """Seven batches in windows of four and three: nothing moves within a window."""
+    """Four batches in windows of three and one: nothing moves within a window."""
     noted = ended(place, f"accumulated {entry}")
-    assert noted["steps"] == [0] * 4 + [1] * 3 + [2] * 4 + [3] * 3
+    assert noted["steps"] == [0, 0, 0, 1, 2, 2, 2, 3]
     for (step, before), (later, after) in pairwise(
         zip(noted["steps"], noted["states"], strict=True)
     ):
@@ -116,7 +117,7 @@ def test_f22_f24_no_collective_is_issued_when_a_teacher_moves(
 ) -> None:
     counted = ended(place, f"collectives {entry}")
     assert counted["seen"] == 1  # the counter counts
-    assert counted["moves"] >= 14
+    assert counted["moves"] >= STEPS
     assert counted["issued"] == 0
 
 
@@ -147,7 +148,7 @@ def test_f49_gradients_of_manual_optimisation_are_synchronised_in_every_step(
     first, second = (ended(place, f"manual {entry}", rank)["gradients"] for rank in (0, 1))
     alone = in_one_process(place, entry, "manual")["gradients"]
     assert identical(first, second)
-    assert len(first) == 14
+    assert len(first) == STEPS
     assert furthest(first, alone) < TOLERANCE
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_aux.registry import ENTRIES
+from tests.contract.probe import SILENT_STEPS
 from tests.contract.strategies.jobs import HEAD
 from tests.contract.strategies.matrix import (
     COMPARABLE,
@@ -17,6 +18,7 @@ from tests.contract.strategies.matrix import (
     in_ddp,
     in_one_process,
 )
+from tests.contract.strategies.places import STEPS
 
 WITH_TERM = [name for name in COMPARABLE if name == HEAD or ENTRIES[name].objective]
 
@@ -43,13 +45,14 @@ def test_on_every_process_main_and_weighted_term_add_up_to_the_total(
     name = "probe" if entry == HEAD else ENTRIES[entry].objective
     for rank in (0, 1):
         rows = ours(ended(place, f"sgd {entry}", rank)["rows"])
-        assert len(rows) == 14
+        assert len(rows) == STEPS
         for row in rows:
             assert f"aux/{name}/weight" in row
             terms = [key for key in row if f"{key}/weight" in row]
             added = sum(row[f"{key}/weight"] * row[key] for key in terms)
             assert row["aux/main"] + added == pytest.approx(row["aux/total"], abs=1e-6)
-        assert sum(f"aux/{name}" in row for row in rows) == (11 if entry == HEAD else 14)
+        silent = SILENT_STEPS if entry == HEAD else 0
+        assert sum(f"aux/{name}" in row for row in rows) == STEPS - silent
 
 
 @every_place
@@ -95,7 +98,7 @@ def test_both_processes_log_the_distance_of_a_teacher_that_one_process_logs(
 def test_f42_a_term_on_one_process_only_ends_and_logs_the_same_keys(ended: Any, place: str) -> None:
     """Beside a metric of the user's that is synchronised over processes."""
     first, second = (ended(place, "one rank", rank) for rank in (0, 1))
-    assert first["global_step"] == second["global_step"] == 14
+    assert first["global_step"] == second["global_step"] == STEPS
     assert first["keys"] == second["keys"]
     assert "aux/on_first_rank" in first["keys"][0]
     assert "theirs" in first["keys"][0]

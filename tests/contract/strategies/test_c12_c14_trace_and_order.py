@@ -8,6 +8,7 @@ import pytest
 
 from tests.contract.strategies.jobs import WITHOUT
 from tests.contract.strategies.matrix import every_case, every_place
+from tests.contract.strategies.places import BATCHES
 
 every_ending = pytest.mark.parametrize("ending", ["sgd", "manual", "accumulated", "exception"])
 
@@ -34,5 +35,5 @@ def test_the_order_of_callbacks_gives_the_same_bits(
 ) -> None:
     """Beside another head: first it, then the entry's own, and all of them reversed."""
     noted = ended(place, f"order {entry}", rank)
-    assert noted["steps"] == 7
+    assert noted["steps"] == BATCHES
     assert noted["different"] == []

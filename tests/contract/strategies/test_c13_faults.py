@@ -27,7 +27,7 @@ from tests.contract.strategies.matrix import (
     in_ddp,
     replicated,
 )
-from tests.contract.strategies.places import PLACES
+from tests.contract.strategies.places import PLACES, STEPS
 from tests.contract.training import TERMS, identical
 from tests.two_processes import run_script
 
@@ -77,7 +77,7 @@ def test_a_term_that_is_nan_on_one_process_is_left_out_on_both(ended: Any, place
     for noted in (first, second):
         assert "raised" not in noted
         counts = [row["aux/sick/skipped"] for row in noted["rows"] if "aux/main" in row]
-        assert counts == [0.0] * SICK_AT + [1.0] * (14 - SICK_AT)
+        assert counts == [0.0] * SICK_AT + [1.0] * (STEPS - SICK_AT)
         row = [row for row in noted["rows"] if "aux/main" in row][SICK_AT]
         term = row["aux/sick/weight"] * row["aux/sick"]
         assert row["aux/main"] + term == pytest.approx(row["aux/total"], abs=1e-6, nan_ok=False)

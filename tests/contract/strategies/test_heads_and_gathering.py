@@ -9,13 +9,13 @@ import torch
 
 from tests.contract.strategies.jobs import ASKED, SILENT, WITHOUT, adversaries, in_two_backwards
 from tests.contract.strategies.matrix import TOLERANCE, every_place, furthest, in_ddp
-from tests.contract.strategies.places import BATCHES, PLACES
+from tests.contract.strategies.places import BATCHES, PLACES, STEPS
 from tests.contract.training import identical
 
 ACTIVE = {
-    "at first": [step >= 5 for step in range(14)],
-    "every second step": [step % 2 == 1 for step in range(14)],
-    "always": [False] * 14,
+    "at first": [step >= STEPS // 2 for step in range(STEPS)],
+    "every second step": [step % 2 == 1 for step in range(STEPS)],
+    "always": [False] * STEPS,
 }
 
 
