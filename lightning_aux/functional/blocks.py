@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .precision import at_least_float32
+from .precision import HALF, at_least_float32
 
 CPU_BLOCK = 2**18
 """Elements of a block on the CPU: in float32 a few of that size fit into its outer caches."""
@@ -149,7 +149,7 @@ def _slope(
     rounded; otherwise not yet, so that it happens once and for all.
     """
     factor: Tensor | float | None = None
-    if student.dtype in (torch.bfloat16, torch.float16):
+    if student.dtype in HALF:
         factor = measure.slope_factor / _count(student, dim)
         factor = factor if outer is None else factor * outer
     size = block_size(student)

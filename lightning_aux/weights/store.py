@@ -19,6 +19,7 @@ from lightning_aux.engine.distributed import fully_sharded_modules
 from lightning_aux.engine.taps import plain_path
 from lightning_aux.functional.anchors import relative_distance
 from lightning_aux.functional.averages import ema_update_, grouped, move_
+from lightning_aux.functional.precision import HALF
 from lightning_aux.functional.shards import is_sharded, local, part_of, saved
 from lightning_aux.weights.offload import Offload, before_writing, in_host_memory
 from lightning_aux.weights.registrations import Registrations
@@ -35,7 +36,6 @@ Versions: TypeAlias = list[tuple[int, int | None]]
 _IN_PLACE: dict[int, list[WeightStore]] = {}
 _PART = attrgetter("_local_tensor")  # of a DTensor; ``to_local`` costs microseconds
 _SHAPE = attrgetter("shape")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class WeightStore:
@@ -153,7 +153,7 @@ class WeightStore:
     def _copy_of(self, parameter: Tensor) -> Tensor:
         if self._offload is None:
             return _float32(parameter)
-        half = parameter.dtype in _HALF
+        half = parameter.dtype in HALF
         return in_host_memory(parameter, torch.float32 if half else parameter.dtype)
 
     def close(self) -> None:
@@ -280,7 +280,7 @@ class WeightStore:
         plan = _Plan()
         for name, now in live.items():
             averaged = self._averages and now.is_floating_point()
-            dtype = torch.float32 if averaged and now.dtype in _HALF else now.dtype
+            dtype = torch.float32 if averaged and now.dtype in HALF else now.dtype
             held = buffers.get(name)
             if held is None or not _fits(held, now):
                 buffers[name] = now.detach().to(dtype, copy=True)
@@ -585,7 +585,7 @@ def _mean_(means: list[Tensor], lists: list[list[Tensor]]) -> None:
 
 
 def _float32(value: Tensor) -> Tensor:
-    return value.to(torch.float32, copy=True) if value.dtype in _HALF else value.clone()
+    return value.to(torch.float32, copy=True) if value.dtype in HALF else value.clone()
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -455,7 +455,7 @@ def of_kind(place: Place, mixed_in: type, one_process: bool) -> type[Classifier]
 
 
 def in_two_backwards(place: Place, case: str) -> dict[str, Any]:
-    added = added_for(case, 2.0)
+    added = added_for(case, 0.5)
     kind = of_kind(place, Halved, place.processes == 1)
     module, trainer = train(place, added, {"manual": True}, kind=kind)
     return {
