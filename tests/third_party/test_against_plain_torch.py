@@ -69,6 +69,8 @@ def in_plain_torch(module: Any, run: Run, loader: DataLoader[Any]) -> list[list[
 def transformer() -> tuple[Any, Run, Any]:
     """Lightning's demo: two inputs, log-probabilities, the words of all sequences in one row."""
     text = torch.randint(12, (16, 7), generator=torch.Generator().manual_seed(3))
+    # From one in ten initial weights its attention makes 1e-9 and more of rounding in eight steps.
+    torch.manual_seed(1)
 
     def run(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         logits = module(*batch)
