@@ -21,6 +21,8 @@ CPU_BLOCK = 2**18
 """Elements of a block on the CPU: in float32 a few of that size fit into its outer caches."""
 CPU_WHOLE = 4
 """As many blocks on the CPU are still one: to divide costs another tensor for the gradient."""
+CPU_SMALL = 2**14
+"""Elements of a tensor on the CPU for which one call of Python in the backward pass is a cost."""
 BLOCK = 2**24
 """Elements of a block elsewhere: enough for a GPU to forget that there are several."""
 
@@ -35,12 +37,18 @@ class Measure(NamedTuple):
 
     Attributes:
         values: one number per example, by operations that autograd can follow twice.
-        slopes: the same numbers, and their derivatives by the first tensor, without autograd.
-        factor: of the values that `slopes` returns.
+        slopes: terms whose sum is that number, and its derivatives by the first tensor, without
+            autograd. The terms have the shape of the examples, or one more dimension, that of the
+            classes.
+        factor: of the terms that `slopes` returns.
         slope_factor: of the derivatives that it returns.
-        quick: `slopes` for numbers that need no care, such as finite ones. Its values are NaN or
+        quick: `slopes` for numbers that need no care, such as finite ones. Its terms are NaN or
             infinite wherever it is not to be believed, and then `slopes` is asked too; only on the
             CPU, where looking at a value does not mean waiting for it.
+        native: the sum of the values over `factor`, by few operations that autograd follows and
+            none of which keeps the first tensor, which may be overwritten afterwards. For small
+            tensors on the CPU, where a call of Python in the backward pass takes longer than all
+            of them. NaN or infinite wherever it is not to be believed.
     """
 
     values: Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +56,7 @@ class Measure(NamedTuple):
     factor: float = 1.0
     slope_factor: float = 1.0
     quick: Slopes | None = None
+    native: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def mean_over_examples(
@@ -76,6 +85,10 @@ def mean_over_examples(
     if torch.compiler.is_compiling() or type(student) not in (Tensor, Parameter):
         return _plain(student, teacher, mask, dim, measure)
     if torch.is_grad_enabled() and student.requires_grad:
+        if measure.native is not None and mask is None and _is_small(student):
+            total = measure.native(*_cleaned(student, teacher, None, dim))
+            if math.isfinite(total.item()):
+                return total * (measure.factor / _count(student, dim))
         mean: Tensor = _Blocks.apply(student, teacher, mask, dim, measure)  # type: ignore[no-untyped-call]
         return mean
     return _values(student, teacher, mask, dim, measure)
@@ -130,9 +143,9 @@ def _values(
 ) -> Tensor:
     sums = []
     for part in _parts(student.shape, dim, block_size(student)):
-        values, _ = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
-        sums.append(values.sum())
-    return torch.stack(sums).sum() * (measure.factor / _count(student, dim))
+        total, _ = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
+        sums.append(total)
+    return _sum(sums).mul_(measure.factor / _count(student, dim))
 
 
 def _slope(
@@ -154,40 +167,49 @@ def _slope(
         factor = factor if outer is None else factor * outer
     size = block_size(student)
     if student.numel() <= (CPU_WHOLE * size if student.device.type == "cpu" else size):
-        values, slope = _of_block(student, teacher, mask, dim, measure)
-        mean = values.mean()
+        total, slope = _of_block(student, teacher, mask, dim, measure)
         slopes = slope if factor is None else slope.mul_(factor).to(student.dtype)
     else:
         slopes, sums = torch.empty_like(student), []
         for part in _parts(student.shape, dim, size):
-            values, slope = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
-            sums.append(values.sum())
+            total, slope = _of_block(*_cut(student, teacher, mask, dim, part), dim, measure)
+            sums.append(total)
             slopes[part] = slope if factor is None else slope.mul_(factor)
-        mean = torch.stack(sums).sum() / _count(student, dim)
-    return mean if measure.factor == 1 else mean * measure.factor, slopes
+        total = _sum(sums)
+    return total.mul_(measure.factor / _count(student, dim)), slopes
+
+
+def _sum(totals: list[Tensor]) -> Tensor:
+    return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
 
 
 def _of_block(
     student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, measure: Measure
 ) -> tuple[Tensor, Tensor]:
-    """Values and slopes, 0 where an example does not count."""
+    """The sum over the examples that count, and slopes, 0 for those that do not."""
     student, teacher = _cleaned(student, teacher, mask, dim)
-    found = None
+    weight = None if mask is None else mask.to(student.dtype)
     if measure.quick is not None and student.device.type == "cpu":
-        found = measure.quick(student, teacher)
-        if not math.isfinite(found[0].sum().item()):
-            found = None
-    values, slope = found or measure.slopes(student, teacher)
-    if mask is not None:
-        weight = mask.to(values.dtype)
-        values, slope = values * weight, slope.mul_(weight.unsqueeze(dim))
-    return values, slope
+        total, slope = _weighted(*measure.quick(student, teacher), weight, dim)
+        if math.isfinite(total.item()):
+            return total, slope
+    return _weighted(*measure.slopes(student, teacher), weight, dim)
+
+
+def _weighted(
+    terms: Tensor, slope: Tensor, weight: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor]:
+    if weight is None:
+        return terms.sum(), slope
+    values = terms.sum(dim) if terms.ndim == slope.ndim else terms
+    return values.mul(weight).sum(), slope.mul_(weight.unsqueeze(dim))
 
 
 def _scaled_(slope: Tensor, outer: Tensor, dim: int, measure: Measure) -> Tensor:
     """Times the factors of which `_slope` has not made use; they are not rounded."""
     if slope.dtype == outer.dtype:
-        return slope.mul_(outer * (measure.slope_factor / _count(slope, dim)))
+        factor = measure.slope_factor / _count(slope, dim)
+        return slope.mul_(outer.item() * factor if outer.device.type == "cpu" else outer * factor)
     for part in _parts(slope.shape, dim, block_size(slope)):
         block = slope[part]
         block.copy_(block.to(outer.dtype).mul_(outer))
@@ -239,6 +261,18 @@ def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part]:
             slices = list(part or [slice(None)] * len(shape))
             slices[along] = slice(start, start + length)
             yield tuple(slices)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """The sum of the squares of a small tensor, by the fewest steps of autograd."""
+    flat = tensor.flatten()
+    return flat.dot(flat)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether it is on the CPU and small, and needs no other precision."""
+    small = tensor.numel() <= CPU_SMALL
+    return small and tensor.device.type == "cpu" and tensor.dtype not in HALF
 
 
 def block_size(tensor: Tensor) -> int:

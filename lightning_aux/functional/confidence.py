@@ -10,6 +10,7 @@ from torch import Tensor
 from .blocks import Measure, mean_over_examples
 from .divergences import entropy
 from .examples import checked_classes, expected, labelled, prepared
+from .softmax import log_softmax, softmax
 
 __all__ = ["confidence_penalty", "confidences", "confident_labels", "coverage_loss"]
 
@@ -42,18 +43,18 @@ def confidence_penalty(
     dim = checked_classes(logits, mask, dim)
 
     def values(z: Tensor, _: Tensor) -> Tensor:
-        log_q = torch.log_softmax(z, dim)
+        log_q = log_softmax(z, dim)
         q = log_q.exp()
         return (threshold + (q * torch.where(q > 0, log_q, 0)).sum(dim)).clamp_min(0)
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(z, dim)
+        log_q = log_softmax(z, dim)
         q = log_q.exp()
         terms = torch.where(q > 0, log_q, 0).mul_(q)
         negative = terms.sum(dim, keepdim=True)
         below = -negative < threshold
         slope = terms.sub_(q.mul_(negative)).mul_(below)
-        return (threshold + negative.squeeze(dim)).clamp_min(0), slope
+        return (threshold + negative).clamp_min_(0), slope
 
     return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))
 
@@ -106,34 +107,41 @@ def coverage_loss(
                 f"sequence=True needs logits with positions, (batch, length, classes), not "
                 f"{tuple(logits.shape)}"
             )
-        log_p = expected(torch.log_softmax(prepared(logits, counted, dim), dim), target, dim)
+        log_p = expected(log_softmax(prepared(logits, counted, dim), dim), target, dim)
         if counted is not None:
             log_p = log_p * counted
         return of(log_p.flatten(1).sum(1)).mean()
 
     def values(z: Tensor, y: Tensor) -> Tensor:
-        return of(expected(torch.log_softmax(z, dim), y, dim))
+        return of(expected(log_softmax(z, dim), y, dim))
 
     def quick(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        q = torch.softmax(z, dim)
-        p = expected(q, y, dim)
-        return from_log_p(p.log().masked_fill_(p < 1e-30, math.nan), q, y)
+        q = softmax(z, dim)
+        p = q.gather(dim, y.unsqueeze(dim))
+        if p.amin().item() < 1e-30:
+            return slopes(z, y)
+        some, steep = _some_right_and_slope(p, samples)
+        if difference:
+            some, steep = some.sub_(p.log()), steep.sub_(1 / samples)
+        return some, q.scatter_(dim, y.unsqueeze(dim), -1.0, reduce="add").mul_(steep)
 
     def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(z, dim)
-        return from_log_p(expected(log_q, y, dim), log_q.exp_(), y)
-
-    def from_log_p(log_p: Tensor, q: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        found, steep = _none_of_and_slope(log_p, samples)
+        log_q = log_softmax(z, dim)
+        log_p = expected(log_q, y, dim).unsqueeze(dim)
+        some, steep = _some_right_and_slope(log_p.exp(), samples)
+        tiny = log_p < -40  # where 1 − (1 − p)^N is N·p in every digit
+        some = torch.where(tiny, log_p + math.log(samples), some)
+        steep = steep.masked_fill_(tiny, 1 / samples)
         if difference:
-            found, steep = found + log_p, steep + 1
-        steep = steep.unsqueeze(dim)
+            some, steep = some.sub_(log_p), steep.sub_(1 / samples)
+        q = log_q.exp_()
         if y.is_floating_point():
-            return found, q.mul_(-steep * y.sum(dim, keepdim=True)).add_(steep * y)
-        return found, q.mul_(-steep).scatter_add_(dim, y.unsqueeze(dim), steep)
+            return some, q.mul_(y.sum(dim, keepdim=True)).sub_(y).mul_(steep)
+        return some, q.scatter_(dim, y.unsqueeze(dim), -1.0, reduce="add").mul_(steep)
 
     known = None if target.is_floating_point() else quick  # which class the p is of
-    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes, quick=known))
+    measure = Measure(values, slopes, -1.0, samples, known)
+    return mean_over_examples(logits, target, counted, dim, measure)
 
 
 def _none_of(log_p: Tensor, samples: float) -> Tensor:
@@ -145,15 +153,16 @@ def _none_of(log_p: Tensor, samples: float) -> Tensor:
     return torch.where(tiny, -log_p - math.log(samples), certain)
 
 
-def _none_of_and_slope(log_p: Tensor, samples: float) -> tuple[Tensor, Tensor]:
-    """The same without autograd, and −N·p·(1 − p)^(N−1) / (1 − (1 − p)^N), its slope by log p."""
-    tiny = log_p < -40
-    p = log_p.exp().clamp_max_(1 - torch.finfo(log_p.dtype).eps)
-    log_wrong = torch.log1p(-p)
-    some_right = torch.expm1(samples * log_wrong).neg_()
-    steep = log_wrong.mul_(samples - 1).exp_().mul_(p).div_(some_right).mul_(-samples)
-    found = torch.where(tiny, -math.log(samples) - log_p, some_right.log_().neg_())
-    return found, steep.masked_fill_(tiny, -1)
+def _some_right_and_slope(p: Tensor, samples: float) -> tuple[Tensor, Tensor]:
+    """log(1 − (1 − p)^N), and p·(1 − p)^(N−1) / (1 − (1 − p)^N), its slope by log p over N.
+
+    Without autograd, and not for a p of 0.
+    """
+    log_wrong = p.neg().clamp_min_(torch.finfo(p.dtype).eps - 1).log1p_()
+    log_none = log_wrong * samples
+    some_right = log_none.expm1().neg_()
+    steep = log_none.sub_(log_wrong).exp_().mul_(p).div_(some_right)
+    return some_right.log_(), steep
 
 
 @torch.no_grad()
@@ -181,7 +190,7 @@ def confidences(
     classes = logits.shape[dim]
     if classes < 2:
         raise ValueError(f"the logits {tuple(logits.shape)} have {classes} class(es), not two")
-    q = torch.softmax(prepared(logits, counted, dim), dim).movedim(dim, -1).reshape(-1, classes)
+    q = softmax(prepared(logits, counted, dim), dim).movedim(dim, -1).reshape(-1, classes)
     if target.is_floating_point():
         y = target.movedim(dim, -1).reshape(-1, classes).to(q.dtype)
     else:

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from .blocks import Measure, mean_over_examples
+from .blocks import Measure, mean_over_examples, squared_norm
 from .examples import checked_classes, checked_dim
+from .softmax import log_softmax, softmax
 
 
 def kl_divergence(
@@ -157,11 +159,13 @@ def alpha_divergence(
         low, high = (classes.total(_alpha_terms(q, p, each, clip)) for each in both)
         return torch.maximum(low, high)
 
-    def slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+    def slopes(
+        log_q: Tensor, log_p: Tensor, classes: _Classes, careful: bool
+    ) -> tuple[Tensor, Tensor]:
         q, p = (_Logged(log_q, log_q.exp()), _Logged(log_p, log_p.exp()))
         log_ratio = log_p - log_q
         (low, first), (high, second) = (
-            _alpha_slopes(q, p, log_ratio, each, clip, classes) for each in both
+            _alpha_slopes(q, p, log_ratio, each, clip, classes, careful) for each in both
         )
         slope = torch.where(classes.spread(low > high), first, second)
         return torch.maximum(low, high), _through_softmax_(slope, q.exp, classes)[1]
@@ -234,17 +238,17 @@ def entropy(
     dim = checked_classes(logits, mask, dim)
 
     def values(logits: Tensor, _: Tensor) -> Tensor:
-        log_q = torch.log_softmax(logits / temperature, dim)
+        log_q = log_softmax(logits / temperature, dim)
         return -_product(log_q.exp(), log_q).sum(dim)
 
-    def slopes(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(logits / temperature, dim)
+    def slopes(logits: Tensor, _: Tensor, careful: bool = True) -> tuple[Tensor, Tensor]:
+        log_q = log_softmax(logits if temperature == 1 else logits / temperature, dim)
         q = log_q.exp()
-        terms = _product_(q, log_q)
+        terms = _product_(q, log_q, careful)
         total = terms.sum(dim, keepdim=True)
-        return -total.squeeze(dim), q.mul_(total).sub_(terms)
+        return total, terms.sub_(q.mul_(total))
 
-    measure = Measure(values, slopes, 1.0, 1 / temperature)
+    measure = Measure(values, slopes, -1.0, -1 / temperature, partial(slopes, careful=False))
     return mean_over_examples(logits, logits, mask, dim, measure)
 
 
@@ -273,6 +277,10 @@ class _Classes(NamedTuple):
     @property
     def axis(self) -> int:
         return -1 if self.binary else self.dim
+
+    def terms(self, terms: Tensor) -> Tensor:
+        """As `Measure.slopes` may return them."""
+        return self.total(terms) if self.binary else terms
 
     def total(self, terms: Tensor) -> Tensor:
         """The sum over what belongs to one example."""
@@ -314,7 +322,7 @@ def _check_temperature(temperature: float) -> None:
 
 def _of_predictions(
     formula: Callable[[Tensor, Tensor, _Classes], Tensor],
-    slopes: Callable[[Tensor, Tensor, _Classes], tuple[Tensor, Tensor]],
+    slopes: Callable[[Tensor, Tensor, _Classes, bool], tuple[Tensor, Tensor]],
     power: int = 2,
     part: float = 1.0,
     logs: bool = True,
@@ -322,8 +330,8 @@ def _of_predictions(
     """A divergence of q and p with the factor T to the `power`.
 
     `formula` gives the value of each example from log q and log p; `slopes` the same over `part`,
-    and their derivatives by the logits of q over `part`, and may overwrite log q and log p. Without
-    `logs` both get q and p.
+    and their derivatives by the logits of q over `part`, and may overwrite log q and log p. Unless
+    it is to be careful, log q and log p are finite. Without `logs` both get q and p.
     """
 
     def make(temperature: float, dim: int, binary: bool, width: int) -> Measure:
@@ -341,16 +349,19 @@ def _of_predictions(
             if binary:
                 one = logsigmoid if logs else torch.sigmoid
                 return torch.stack([one(logits), one(-logits)], -1)
-            return torch.log_softmax(logits, dim) if logs else torch.softmax(logits, dim)
+            return log_softmax(logits, dim) if logs else softmax(logits, dim)
 
         def values(student: Tensor, teacher: Tensor) -> Tensor:
             return factor * formula(soften(student), soften(teacher), classes)
 
-        def in_closed_form(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-            each, slope = slopes(soften(student), soften(teacher), classes)
-            return each, slope[..., 0].contiguous() if binary else slope
+        def in_closed_form(
+            student: Tensor, teacher: Tensor, careful: bool = True
+        ) -> tuple[Tensor, Tensor]:
+            terms, slope = slopes(soften(student), soften(teacher), classes, careful)
+            return terms, slope[..., 0].contiguous() if binary else slope
 
-        return Measure(values, in_closed_form, part * factor, part * factor / temperature)
+        quick = partial(in_closed_form, careful=False)
+        return Measure(values, in_closed_form, part * factor, part * factor / temperature, quick)
 
     return make
 
@@ -360,35 +371,38 @@ def _product(p: Tensor, values: Tensor) -> Tensor:
     return p * torch.where(p > 0, values, 0)
 
 
-def _product_(p: Tensor, values: Tensor) -> Tensor:
-    """The same without autograd; faster than filling `values` in place."""
-    return torch.where(p > 0, values, 0).mul_(p)
+def _product_(p: Tensor, values: Tensor, careful: bool) -> Tensor:
+    """The same without autograd, or p·values; `values` may be overwritten."""
+    return (torch.where(p > 0, values, 0) if careful else values).mul_(p)
 
 
 def _through_softmax_(slope: Tensor, q: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
     """From q·∂/∂q to the derivative by the logits; returns the sum of the first, and the latter."""
     total = slope.sum(classes.axis, keepdim=True)
-    each = total.squeeze(classes.axis)
-    return each.sum(classes.dim) if classes.binary else each, slope.sub_(q.mul_(total))
+    return classes.terms(total), slope.sub_(q.mul_(total))
 
 
 def _kl(log_q: Tensor, log_p: Tensor, classes: _Classes) -> Tensor:
     return classes.total(_product(log_p.exp(), log_p - log_q))
 
 
-def _kl_slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+def _kl_slopes(
+    log_q: Tensor, log_p: Tensor, classes: _Classes, careful: bool
+) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    values = classes.total(_product_(p, log_p.sub_(log_q)))
-    return values, log_q.exp_().sub_(p)
+    terms = classes.terms(_product_(p, log_p.sub_(log_q), careful))
+    return terms, log_q.exp_().sub_(p)
 
 
 def _reverse_kl(log_q: Tensor, log_p: Tensor, classes: _Classes) -> Tensor:
     return _kl(log_p, log_q, classes)
 
 
-def _reverse_kl_slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+def _reverse_kl_slopes(
+    log_q: Tensor, log_p: Tensor, classes: _Classes, careful: bool
+) -> tuple[Tensor, Tensor]:
     q = log_q.exp()
-    return _through_softmax_(_product_(q, log_q.sub_(log_p)), q, classes)
+    return _through_softmax_(_product_(q, log_q.sub_(log_p), careful), q, classes)
 
 
 def _js(log_q: Tensor, log_p: Tensor, classes: _Classes) -> Tensor:
@@ -399,22 +413,25 @@ def _js(log_q: Tensor, log_p: Tensor, classes: _Classes) -> Tensor:
     return (_kl(log_m, log_p, classes) + _kl(log_m, log_q, classes)) / 2
 
 
-def _js_slopes(log_q: Tensor, log_p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+def _js_slopes(
+    log_q: Tensor, log_p: Tensor, classes: _Classes, careful: bool
+) -> tuple[Tensor, Tensor]:
     q, p = log_q.exp(), log_p.exp()
     log_m = (q + p).log_().sub_(math.log(2))
-    of_p = classes.total(_product_(p, log_p.sub_(log_m)))
-    of_q, slope = _through_softmax_(_product_(q, log_q.sub_(log_m)), q, classes)
-    return of_p + of_q, slope
+    of_p = _product_(p, log_p.sub_(log_m), careful)
+    of_q = _product_(q, log_q.sub_(log_m), careful)
+    terms = classes.terms(of_p.add_(of_q))
+    return terms, _through_softmax_(of_q, q, classes)[1]
 
 
 def _tv(q: Tensor, p: Tensor, classes: _Classes) -> Tensor:
     return classes.total((q - p).abs()) / 2
 
 
-def _tv_slopes(q: Tensor, p: Tensor, classes: _Classes) -> tuple[Tensor, Tensor]:
+def _tv_slopes(q: Tensor, p: Tensor, classes: _Classes, careful: bool) -> tuple[Tensor, Tensor]:
     difference = q - p
-    values = classes.total(torch.abs(difference, out=p))
-    return values, _through_softmax_(difference.sign_().mul_(q), q, classes)[1]
+    terms = classes.terms(torch.abs(difference, out=p))
+    return terms, _through_softmax_(difference.sign_().mul_(q), q, classes)[1]
 
 
 class _Logged(NamedTuple):
@@ -441,25 +458,32 @@ def _alpha_terms(q: _Logged, p: _Logged, alpha: float, clip: float) -> Tensor:
 
 
 def _alpha_slopes(
-    q: _Logged, p: _Logged, log_ratio: Tensor, alpha: float, clip: float, classes: _Classes
+    q: _Logged,
+    p: _Logged,
+    log_ratio: Tensor,
+    alpha: float,
+    clip: float,
+    classes: _Classes,
+    careful: bool,
 ) -> tuple[Tensor, Tensor]:
     """The value of each example, and q·∂D_α/∂q up to a multiple of q, which a softmax ignores."""
-    if alpha == 1:
-        return classes.total(_product_(p.exp, log_ratio)), p.exp.neg()
-    if alpha == 0:
-        terms = _product_(q.exp, log_ratio).neg_()
-        return classes.total(terms), terms
+    if alpha in (0, 1):
+        a = p.exp if alpha else q.exp
+        terms = torch.where(a > 0, log_ratio, 0).mul_(a) if careful else log_ratio * a
+        return (
+            (classes.total(terms), p.exp.neg()) if alpha else (classes.total(terms.neg_()), terms)
+        )
     clipped = clip < math.inf and not 0 <= alpha <= 1
     border = math.log(clip) / abs(alpha) if clipped else math.inf  # where (p/q)^α = clip
     if alpha < 0.5:  # −q·((p/q)^α − 1)/α
-        excess = torch.where(q.exp > 0, log_ratio, 0)
+        excess = torch.where(q.exp > 0, log_ratio, 0) if careful else log_ratio.clone()
         if clipped:
             excess.clamp_min_(-border)
         excess = excess.mul_(alpha).expm1_().mul_(q.exp)
         value, slope = classes.total(excess), excess.div(-alpha)
         beyond = q.exp - (p.log + border).exp_() if clipped else None
     else:  # −q·(p/q)^α/α
-        excess = torch.where(p.exp > 0, log_ratio, 0)
+        excess = torch.where(p.exp > 0, log_ratio, 0) if careful else log_ratio.clone()
         if clipped:
             excess.clamp_max_(border)
         excess = excess.mul_(alpha - 1).expm1_().mul_(p.exp)
@@ -486,7 +510,10 @@ def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return quick(finite(student), finite(teacher))
 
-    return Measure(values, slopes, 1 / classes, 2 / classes, quick)
+    def native(student: Tensor, teacher: Tensor) -> Tensor:
+        return squared_norm(student - teacher)
+
+    return Measure(values, slopes, 1 / classes, 2 / classes, quick, native)
 
 
 def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
@@ -494,21 +521,23 @@ def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure
         excluded = torch.isneginf(student) & torch.isneginf(teacher)
         return student.masked_fill(excluded, 0), teacher.masked_fill(excluded, 0)
 
-    def norm(vectors: Tensor) -> Tensor:
+    def norm(vectors: Tensor, ask: bool = False) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+        if ask and length.amin().item() > 0:
+            return length
         return length.masked_fill(length == 0, 1)
 
     def values(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = cleaned(student, teacher)
         return 1 - (student / norm(student) * (teacher / norm(teacher))).sum(dim)
 
-    def quick(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        length = norm(student)
-        s, t = student / length, teacher / norm(teacher)
+    def quick(student: Tensor, teacher: Tensor, ask: bool = True) -> tuple[Tensor, Tensor]:
+        length = norm(student, ask)
+        s, t = student / length, teacher / norm(teacher, ask)
         cosine = (s * t).sum(dim, keepdim=True)
-        return 1 - cosine.squeeze(dim), s.mul_(cosine).sub_(t).div_(length)
+        return 1 - cosine, s.mul_(cosine).sub_(t).div_(length)
 
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return quick(*cleaned(student, teacher))
+        return quick(*cleaned(student, teacher), ask=False)
 
     return Measure(values, slopes, quick=quick)

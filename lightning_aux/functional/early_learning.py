@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .examples import checked_classes
 from .precision import at_least_float32
+from .softmax import softmax
 
 # The authors' code clamps p, so that the logarithm stays away from 0 however sure the model is.
 _SMALLEST = 1e-4
@@ -71,7 +72,7 @@ def early_learning_regularization(
 
 
 def _clamped_probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(at_least_float32(logits), -1).clamp(_SMALLEST, 1 - _SMALLEST)
+    return softmax(at_least_float32(logits), -1).clamp(_SMALLEST, 1 - _SMALLEST)
 
 
 def _check(target: Tensor, logits: Tensor) -> None:

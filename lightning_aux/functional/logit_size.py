@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .blocks import Measure, mean_over_examples
+from .blocks import Measure, mean_over_examples, squared_norm
 from .examples import checked_dim, labelled
+from .softmax import softmax
 
 __all__ = ["spectral_decoupling", "z_loss"]
 
@@ -69,9 +71,13 @@ def spectral_decoupling(
 
     def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         slope = away(z, y)
-        return slope.square().sum(dim), slope
+        return slope.square(), slope
 
-    return mean_over_examples(logits, other, counted, dim, Measure(values, slopes, factor=0.5))
+    def native(z: Tensor, y: Tensor) -> Tensor:
+        return squared_norm(away(z, y))
+
+    measure = Measure(values, slopes, factor=0.5, native=native)
+    return mean_over_examples(logits, other, counted, dim, measure)
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -100,9 +106,18 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
         return torch.logsumexp(z, dim).square()
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        q = torch.softmax(z, dim)
+        q = softmax(z, dim)
         # The largest logit minus the log of its probability, at least 1/K.
         log_z = z.amax(dim, keepdim=True).sub_(q.amax(dim, keepdim=True).log_())
-        return log_z.squeeze(dim).square(), q.mul_(log_z)
+        return log_z.square(), q.mul_(log_z)
 
-    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes, slope_factor=2.0))
+    def native(z: Tensor, _: Tensor) -> Tensor:
+        log_z = z.exp().sum(dim).log()
+        total = squared_norm(log_z)
+        # A sum below e⁻⁸⁰ need not have all its digits.
+        if total.item() > 80**2 and log_z.detach().amin().item() < -80:
+            return total.detach().fill_(math.nan)
+        return total
+
+    measure = Measure(values, slopes, slope_factor=2.0, native=native)
+    return mean_over_examples(logits, logits, mask, dim, measure)

@@ -40,17 +40,24 @@ def label_smoothing(
     def values(z: Tensor, y: Tensor) -> Tensor:
         return expected(z, y, dim) - z.mean(dim)
 
-    def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        slope = y - 1 / z.shape[dim] if y.is_floating_point() else _one_above(z, y, dim)
-        return values(z, y), slope
+    def slope(z: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            return y - 1 / z.shape[dim]
+        return _one_above(z, y.unsqueeze(dim), dim)
 
-    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes))
+    def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return values(z, y), slope(z, y)
+
+    def native(z: Tensor, y: Tensor) -> Tensor:
+        return (z * slope(z.detach(), y)).sum()
+
+    return mean_over_examples(logits, target, counted, dim, Measure(values, slopes, native=native))
 
 
 def _one_above(logits: Tensor, place: Tensor, dim: int) -> Tensor:
     """1 − 1/K in one class of each example, −1/K in the others."""
     others = -1 / logits.shape[dim]
-    return torch.full_like(logits, others).scatter_(dim, place.unsqueeze(dim), 1 + others)
+    return torch.full_like(logits, others).scatter_(dim, place, 1 + others)
 
 
 def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -78,7 +85,11 @@ def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -
         return z.max(dim).values - z.mean(dim)
 
     def slopes(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        largest, place = z.max(dim)
-        return largest - z.mean(dim), _one_above(z, place, dim)
+        largest, place = z.max(dim, keepdim=True)
+        return largest - z.mean(dim, keepdim=True), _one_above(z, place, dim)
 
-    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes))
+    def native(z: Tensor, _: Tensor) -> Tensor:
+        place = z.detach().argmax(dim, keepdim=True)
+        return (z * _one_above(z.detach(), place, dim)).sum()
+
+    return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes, native=native))

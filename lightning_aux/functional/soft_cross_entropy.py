@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
 from .examples import checked_classes
+from .softmax import log_softmax
 
 
 def soft_cross_entropy(
@@ -40,12 +41,20 @@ def soft_cross_entropy(
     dim = checked_classes(logits, mask, dim)
 
     def values(logits: Tensor, p: Tensor) -> Tensor:
-        log_q = torch.log_softmax(logits, dim)
+        log_q = log_softmax(logits, dim)
         return -(p * torch.where(p == 0, 0, log_q)).sum(dim)
 
     def slopes(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(logits, dim)
-        values = -torch.where(p == 0, 0, log_q).mul_(p).sum(dim)
-        return values, log_q.exp_().mul_(p.sum(dim, keepdim=True)).sub_(p)
+        log_q = log_softmax(logits, dim)
+        terms = torch.where(p == 0, 0, log_q).mul_(p)
+        return terms, _slope_(log_q, p)
 
-    return mean_over_examples(logits, probabilities, mask, dim, Measure(values, slopes))
+    def quick(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = log_softmax(logits, dim)
+        return log_q * p, _slope_(log_q, p)
+
+    def _slope_(log_q: Tensor, p: Tensor) -> Tensor:
+        return log_q.exp_().mul_(p.sum(dim, keepdim=True)).sub_(p)
+
+    measure = Measure(values, slopes, factor=-1.0, quick=quick)
+    return mean_over_examples(logits, probabilities, mask, dim, measure)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
 from .examples import checked_classes, labelled
+from .softmax import log_softmax
 
 __all__ = ["target_change"]
 
@@ -43,21 +44,22 @@ def target_change(
         change = _taken(change, new, logits, dim, -1.0)
 
     def values(z: Tensor, d: Tensor) -> Tensor:
-        log_q = torch.log_softmax(z, dim)
+        log_q = log_softmax(z, dim)
         return (d * torch.where(d == 0, 0, log_q)).sum(dim)
 
     def quick(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(z, dim)
-        return (log_q * d).sum(dim), _slope_(log_q, d)
+        log_q = log_softmax(z, dim)
+        return log_q * d, _slope_(log_q, d)
 
     def slopes(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = torch.log_softmax(z, dim)
-        return torch.where(d == 0, 0, log_q).mul_(d).sum(dim), _slope_(log_q, d)
+        log_q = log_softmax(z, dim)
+        return torch.where(d == 0, 0, log_q).mul_(d), _slope_(log_q, d)
 
     def _slope_(log_q: Tensor, d: Tensor) -> Tensor:
-        return log_q.exp_().mul_(-d.sum(dim, keepdim=True)).add_(d)
+        return log_q.exp_().mul_(d.sum(dim, keepdim=True)).sub_(d)
 
-    return mean_over_examples(logits, change, counted, dim, Measure(values, slopes, quick=quick))
+    measure = Measure(values, slopes, slope_factor=-1.0, quick=quick)
+    return mean_over_examples(logits, change, counted, dim, measure)
 
 
 def _taken(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, factor: float) -> Tensor:
@@ -66,6 +68,4 @@ def _taken(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, factor
         onto = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     if target.is_floating_point():
         return onto.add_(target, alpha=factor)
-    return onto.scatter_add_(
-        dim, target.unsqueeze(dim), onto.new_full((), factor).expand(target.unsqueeze(dim).shape)
-    )
+    return onto.scatter_(dim, target.unsqueeze(dim), factor, reduce="add")

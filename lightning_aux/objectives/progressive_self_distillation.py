@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from lightning_aux.engine import Step
 from lightning_aux.functional import target_change
+from lightning_aux.functional.softmax import softmax
 from lightning_aux.objective import ObjectiveOptions
 from lightning_aux.objectives.memory import Remembering
 from lightning_aux.schedule import Schedule
@@ -59,7 +60,7 @@ class ProgressiveSelfDistillation(Remembering):
     def loss(self, step: Step) -> Tensor:
         logits = self.classes_last(step)
         before, seen = self.memory.read(step, *logits.shape[1:])
-        self.memory.write(step, logits.detach().float().softmax(-1))
+        self.memory.write(step, softmax(logits.detach().float(), -1))
         counted = seen.reshape(-1, *[1] * (logits.ndim - 2)).expand(logits.shape[:-1])
         if step.mask is not None:
             counted = counted * step.mask
