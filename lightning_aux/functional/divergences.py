@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from .blocks import Measure, mean_over_examples, squared_norm
+from .blocks import Measure, mean_over_examples
 from .examples import checked_classes, checked_dim
 from .softmax import log_softmax, softmax
 
@@ -510,10 +510,7 @@ def _mse(temperature: float, dim: int, binary: bool, classes: int) -> Measure:
     def slopes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return quick(finite(student), finite(teacher))
 
-    def native(student: Tensor, teacher: Tensor) -> Tensor:
-        return squared_norm(student - teacher)
-
-    return Measure(values, slopes, 1 / classes, 2 / classes, quick, native)
+    return Measure(values, slopes, 1 / classes, 2 / classes, quick)
 
 
 def _cosine(temperature: float, dim: int, binary: bool, classes: int) -> Measure:

@@ -101,14 +101,15 @@ def labelled(
         dim: class dimension.
 
     Returns:
-        The target, in which every class index is valid, and the mask.
+        The target, in which every class index is valid, in int64; probabilities as they are. And
+        the mask.
 
     Raises:
         ValueError: for a target of another shape, or one that is neither indices nor floats.
     """
     examples = shape_of_examples(logits, dim)
     if target.is_floating_point() and target.shape == logits.shape:
-        return at_least_float32(target), mask
+        return target, mask
     if target.is_floating_point() or target.dtype == torch.bool or list(target.shape) != examples:
         raise ValueError(
             f"the target must be class indices of shape {tuple(examples)}, or probabilities of "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .blocks import Measure, mean_over_examples
 from .examples import checked_classes, labelled
+from .precision import at_least_float32
 from .softmax import log_softmax
 
 __all__ = ["target_change"]
@@ -37,11 +38,10 @@ def target_change(
         ValueError: for no examples, a missing dimension, or a target or mask of another shape.
     """
     dim = checked_classes(logits, mask, dim)
-    old, counted = labelled(logits, old.detach(), mask, dim)
-    new, counted = labelled(logits, new.detach(), counted, dim)
-    change = _taken(-new if new.is_floating_point() else None, old, logits, dim, 1.0)
-    if not new.is_floating_point():
-        change = _taken(change, new, logits, dim, -1.0)
+    old, counted = labelled(logits, old, mask, dim)
+    new, counted = labelled(logits, new, counted, dim)
+    with torch.no_grad():
+        change = _added(_added(None, new, logits, dim, -1.0), old, logits, dim, 1.0)
 
     def values(z: Tensor, d: Tensor) -> Tensor:
         log_q = log_softmax(z, dim)
@@ -62,10 +62,16 @@ def target_change(
     return mean_over_examples(logits, change, counted, dim, measure)
 
 
-def _taken(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, factor: float) -> Tensor:
-    """`onto`, written to, plus the target in the shape of the logits times the factor."""
+def _added(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, sign: float) -> Tensor:
+    """Plus or minus the target in the shape of the logits, in float32 at least.
+
+    It is added to `onto`, which is written to, or stands for itself.
+    """
+    if target.is_floating_point():
+        if onto is not None:
+            return onto.add_(target, alpha=sign)
+        wide = at_least_float32(target)
+        return sign * target if wide is target else wide.mul_(sign)
     if onto is None:
         onto = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-    if target.is_floating_point():
-        return onto.add_(target, alpha=factor)
-    return onto.scatter_(dim, target.unsqueeze(dim), factor, reduce="add")
+    return onto.scatter_(dim, target.unsqueeze(dim), sign, reduce="add")
