@@ -2,7 +2,7 @@
 
 Written out, a loss of `(batch, classes)` logits keeps a copy of the probabilities for each of its
 operations. In blocks nothing of that size exists but the gradient, which is needed anyway, and what
-is computed on the way stays in the cache.
+is computed on the way stays in the cache. (What is not larger than a few blocks is one.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .eager import is_eager
 from .precision import HALF, at_least_float32
 
 CPU_BLOCK = 2**18
@@ -44,11 +45,12 @@ class Measure(NamedTuple):
         slope_factor: of the derivatives that it returns.
         quick: `slopes` for numbers that need no care, such as finite ones. Its terms are NaN or
             infinite wherever it is not to be believed, and then `slopes` is asked too; only on the
-            CPU, where looking at a value does not mean waiting for it.
+            CPU, where looking at a value does not mean waiting for it. Large blocks that hold −∞
+            are not tried.
         native: the sum of the values over `factor`, by few operations that autograd follows and
             none of which keeps the first tensor, which may be overwritten afterwards. For small
             tensors on the CPU, where a call of Python in the backward pass takes longer than all
-            of them. NaN or infinite wherever it is not to be believed.
+            of them. NaN or infinite wherever it or its derivatives are not to be believed.
     """
 
     values: Callable[[Tensor, Tensor], Tensor]
@@ -65,8 +67,8 @@ def mean_over_examples(
     """Mean of the measure over ALL examples; those that the mask leaves out count 0.
 
     An example is one position without dimension `dim`. What is masked out may hold anything, NaN
-    included. Memory beside the arguments: one tensor like `student` if it needs a gradient, and a
-    few blocks.
+    included. Memory beside the arguments: one tensor like `student` if it needs a gradient, and
+    some blocks; as many tensors where it is not larger than `CPU_WHOLE` of them.
 
     Args:
         student: `(…, classes, …)`; the result can be differentiated by it, any number of times.
@@ -80,13 +82,13 @@ def mean_over_examples(
     """
     teacher = teacher.detach() if teacher.requires_grad else teacher
     mask = mask.detach() if mask is not None and mask.requires_grad else mask
-    # A graph that is being compiled is fused anyway, and a tensor of another class (one that is
-    # spread over processes, say) knows operations but not this way of going through them.
-    if torch.compiler.is_compiling() or type(student) not in (Tensor, Parameter):
+    # A graph that is being compiled is fused anyway. A tensor that is transformed, or of another
+    # class (spread over processes, say), knows operations but not this way of going through them.
+    if type(student) not in (Tensor, Parameter) or not is_eager():
         return _plain(student, teacher, mask, dim, measure)
     if torch.is_grad_enabled() and student.requires_grad:
         if measure.native is not None and mask is None and _is_small(student):
-            total = measure.native(*_cleaned(student, teacher, None, dim))
+            total = measure.native(student, _like(teacher, student))
             if math.isfinite(total.item()):
                 return total * (measure.factor / _count(student, dim))
         mean: Tensor = _Blocks.apply(student, teacher, mask, dim, measure)  # type: ignore[no-untyped-call]
@@ -106,7 +108,7 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, dim: int, measure: Measure
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, mask)
-        ctx.rest = dim, measure
+        ctx.rest = dim, measure, student.is_contiguous()
         ctx.slope = None
         if student.dtype == torch.float16:
             return _values(student, teacher, mask, dim, measure)
@@ -116,9 +118,9 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> Any:
         slope, ctx.slope = ctx.slope, None
-        dim, measure = ctx.rest
+        dim, measure, contiguous = ctx.rest
         if slope is not None and not torch.is_grad_enabled():
-            return _scaled_(slope, outer, dim, measure), None, None, None, None
+            return _scaled_(slope, outer, dim, measure, contiguous), None, None, None, None
         student, teacher, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated too
             mean = _plain(student, teacher, mask, dim, measure)
@@ -127,7 +129,7 @@ class _Blocks(torch.autograd.Function):
             _, gradient = _slope(student, teacher, mask, dim, measure, outer)
         else:  # of a graph that was retained: equal to the first to the last bit
             _, slope = _slope(student, teacher, mask, dim, measure)
-            gradient = _scaled_(slope, outer, dim, measure)
+            gradient = _scaled_(slope, outer, dim, measure, contiguous)
         return gradient, None, None, None, None
 
 
@@ -166,9 +168,9 @@ def _slope(
         factor = measure.slope_factor / _count(student, dim)
         factor = factor if outer is None else factor * outer
     size = block_size(student)
-    if student.numel() <= (CPU_WHOLE * size if student.device.type == "cpu" else size):
+    if student.numel() <= (CPU_WHOLE * size if student.is_cpu else size):
         total, slope = _of_block(student, teacher, mask, dim, measure)
-        slopes = slope if factor is None else slope.mul_(factor).to(student.dtype)
+        slopes = slope if factor is None else torch.empty_like(student).copy_(slope.mul_(factor))
     else:
         slopes, sums = torch.empty_like(student), []
         for part in _parts(student.shape, dim, size):
@@ -189,7 +191,7 @@ def _of_block(
     """The sum over the examples that count, and slopes, 0 for those that do not."""
     student, teacher = _cleaned(student, teacher, mask, dim)
     weight = None if mask is None else mask.to(student.dtype)
-    if measure.quick is not None and student.device.type == "cpu":
+    if measure.quick is not None and student.is_cpu and _may_be_quick(student, teacher):
         total, slope = _weighted(*measure.quick(student, teacher), weight, dim)
         if math.isfinite(total.item()):
             return total, slope
@@ -205,11 +207,23 @@ def _weighted(
     return values.mul(weight).sum(), slope.mul_(weight.unsqueeze(dim))
 
 
-def _scaled_(slope: Tensor, outer: Tensor, dim: int, measure: Measure) -> Tensor:
+def _may_be_quick(student: Tensor, teacher: Tensor) -> bool:
+    """Whether a block is small, or finite from below: a vocabulary in part excluded is not."""
+    if student.numel() <= CPU_SMALL:
+        return True
+    others = [] if teacher is student or not teacher.is_floating_point() else [teacher]
+    return all(each.amin().item() > -math.inf for each in [student, *others])
+
+
+def _scaled_(slope: Tensor, outer: Tensor, dim: int, measure: Measure, contiguous: bool) -> Tensor:
     """Times the factors of which `_slope` has not made use; they are not rounded."""
     if slope.dtype == outer.dtype:
         factor = measure.slope_factor / _count(slope, dim)
-        return slope.mul_(outer.item() * factor if outer.device.type == "cpu" else outer * factor)
+        scale = outer.item() * factor if outer.is_cpu else outer * factor
+        if contiguous and not slope.is_contiguous():
+            whole = torch.empty_like(slope, memory_format=torch.contiguous_format)
+            return torch.mul(slope, scale, out=whole)
+        return slope.mul_(scale)
     for part in _parts(slope.shape, dim, block_size(slope)):
         block = slope[part]
         block.copy_(block.to(outer.dtype).mul_(outer))
@@ -227,9 +241,14 @@ def _cleaned(
         if teacher.ndim == student.ndim:
             teacher = teacher.masked_fill(left_out, 0)
     student = at_least_float32(student)
-    if teacher.dtype != student.dtype and teacher.is_floating_point():
-        teacher = teacher.to(student.dtype)
-    return student, teacher
+    return student, _like(teacher, student)
+
+
+def _like(teacher: Tensor, student: Tensor) -> Tensor:
+    """In the same precision, if it is not class indices."""
+    if teacher.dtype == student.dtype or not teacher.is_floating_point():
+        return teacher
+    return teacher.to(student.dtype)
 
 
 Part = tuple[slice, ...]
@@ -272,12 +291,12 @@ def squared_norm(tensor: Tensor) -> Tensor:
 def _is_small(tensor: Tensor) -> bool:
     """Whether it is on the CPU and small, and needs no other precision."""
     small = tensor.numel() <= CPU_SMALL
-    return small and tensor.device.type == "cpu" and tensor.dtype not in HALF
+    return small and tensor.is_cpu and tensor.dtype not in HALF
 
 
 def block_size(tensor: Tensor) -> int:
     """How many elements of ``tensor`` are looked at at a time."""
-    return CPU_BLOCK if tensor.device.type == "cpu" else BLOCK
+    return CPU_BLOCK if tensor.is_cpu else BLOCK
 
 
 def _count(tensor: Tensor, dim: int) -> int:

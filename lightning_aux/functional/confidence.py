@@ -116,14 +116,14 @@ def coverage_loss(
         return of(expected(log_softmax(z, dim), y, dim))
 
     def quick(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        q = softmax(z, dim)
-        p = q.gather(dim, y.unsqueeze(dim))
+        q, place = softmax(z, dim), y.unsqueeze(dim)
+        p = q.gather(dim, place)
         if p.amin().item() < 1e-30:
             return slopes(z, y)
         some, steep = _some_right_and_slope(p, samples)
         if difference:
             some, steep = some.sub_(p.log()), steep.sub_(1 / samples)
-        return some, q.scatter_(dim, y.unsqueeze(dim), -1.0, reduce="add").mul_(steep)
+        return some, q.scatter_(dim, place, -1.0, reduce="add").mul_(steep)
 
     def slopes(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         log_q = log_softmax(z, dim)
@@ -156,7 +156,7 @@ def _none_of(log_p: Tensor, samples: float) -> Tensor:
 def _some_right_and_slope(p: Tensor, samples: float) -> tuple[Tensor, Tensor]:
     """log(1 − (1 − p)^N), and p·(1 − p)^(N−1) / (1 − (1 − p)^N), its slope by log p over N.
 
-    Without autograd, and not for a p of 0.
+    Without autograd. Not to be believed for a p of 0.
     """
     log_wrong = p.neg().clamp_min_(torch.finfo(p.dtype).eps - 1).log1p_()
     log_none = log_wrong * samples

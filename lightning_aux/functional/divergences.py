@@ -331,7 +331,8 @@ def _of_predictions(
 
     `formula` gives the value of each example from log q and log p; `slopes` the same over `part`,
     and their derivatives by the logits of q over `part`, and may overwrite log q and log p. Unless
-    it is to be careful, log q and log p are finite. Without `logs` both get q and p.
+    it is to be careful, the values may be NaN or infinite where a log is. Without `logs` both get
+    q and p.
     """
 
     def make(temperature: float, dim: int, binary: bool, width: int) -> Measure:
@@ -360,7 +361,7 @@ def _of_predictions(
             terms, slope = slopes(soften(student), soften(teacher), classes, careful)
             return terms, slope[..., 0].contiguous() if binary else slope
 
-        quick = partial(in_closed_form, careful=False)
+        quick = partial(in_closed_form, careful=False) if logs else None
         return Measure(values, in_closed_form, part * factor, part * factor / temperature, quick)
 
     return make

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .eager import is_eager
 from .precision import at_least_float32
 
 IGNORED = -100
@@ -116,7 +117,7 @@ def labelled(
             f"shape {tuple(logits.shape)}, but is {target.dtype} of shape {tuple(target.shape)}"
         )
     target = target.long()
-    asks = mask is None and target.device.type == "cpu" and not torch.compiler.is_compiling()
+    asks = mask is None and target.is_cpu and is_eager()
     if asks and target.numel() and int(target.min()) >= 0:
         return target, None  # asking is free on the CPU, and a mask costs one more pass
     known = target != IGNORED

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Measure, mean_over_examples, squared_norm
+from .eager import is_eager
 from .examples import checked_dim, labelled
 from .softmax import softmax
 
@@ -47,8 +48,10 @@ def spectral_decoupling(
             offset per class without a target.
     """
     dim = checked_dim(logits, mask, dim)
-    counted, other = mask, logits
-    if not isinstance(offset, int | float):
+    counted, other, gamma, same = mask, logits, None, 0.0
+    if isinstance(offset, int | float):
+        same = offset
+    else:
         if target is None:
             raise ValueError("an offset per class needs a target")
         if logits.shape[dim] > 1 and len(offset) != logits.shape[dim]:
@@ -57,14 +60,14 @@ def spectral_decoupling(
             raise ValueError("an offset per class needs class indices, not probabilities")
         other, counted = labelled(logits, target, mask, dim)
 
-        gamma = torch.as_tensor(offset, device=logits.device)
-        if logits.device.type == "cpu" and int(other.max()) >= len(gamma):
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        gamma = torch.as_tensor(offset, dtype=wide, device=logits.device).detach()
+        asks = logits.is_cpu and is_eager()
+        if asks and int(other.max()) >= len(gamma):
             raise ValueError(f"{len(gamma)} offsets, but the target has class {int(other.max())}")
 
     def away(z: Tensor, y: Tensor) -> Tensor:
-        if isinstance(offset, int | float):
-            return z - offset
-        return z - gamma[y].unsqueeze(dim).to(z.dtype)
+        return z - (same if gamma is None else gamma[y].unsqueeze(dim))
 
     def values(z: Tensor, y: Tensor) -> Tensor:
         return away(z, y).square().sum(dim) / 2
@@ -95,7 +98,8 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
         dim: class dimension.
 
     Returns:
-        A scalar, at least 0: float64 for float64 logits, else float32.
+        A scalar, at least 0: float64 for float64 logits, else float32. Not finite for a logit of
+        +∞, or an example of nothing but −∞.
 
     Raises:
         ValueError: for no examples, a missing dimension, or a mask of another shape.
@@ -114,9 +118,11 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     def native(z: Tensor, _: Tensor) -> Tensor:
         log_z = z.exp().sum(dim).log()
         total = squared_norm(log_z)
-        # A sum below e⁻⁸⁰ need not have all its digits.
-        if total.item() > 80**2 and log_z.detach().amin().item() < -80:
-            return total.detach().fill_(math.nan)
+        # The derivatives are divided by the sum, and by its square.
+        if total.item() > 30**2:
+            largest = torch.linalg.vector_norm(log_z.detach(), math.inf)
+            if largest.item() > 30:
+                return total.detach().fill_(math.nan)
         return total
 
     measure = Measure(values, slopes, slope_factor=2.0, native=native)

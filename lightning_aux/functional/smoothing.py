@@ -49,7 +49,7 @@ def label_smoothing(
         return values(z, y), slope(z, y)
 
     def native(z: Tensor, y: Tensor) -> Tensor:
-        return (z * slope(z.detach(), y)).sum()
+        return (z * slope(z, y)).sum()
 
     return mean_over_examples(logits, target, counted, dim, Measure(values, slopes, native=native))
 
@@ -89,7 +89,6 @@ def max_suppression(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -
         return largest - z.mean(dim, keepdim=True), _one_above(z, place, dim)
 
     def native(z: Tensor, _: Tensor) -> Tensor:
-        place = z.detach().argmax(dim, keepdim=True)
-        return (z * _one_above(z.detach(), place, dim)).sum()
+        return (z * _one_above(z, z.argmax(dim, keepdim=True), dim)).sum()
 
     return mean_over_examples(logits, logits, mask, dim, Measure(values, slopes, native=native))

@@ -40,21 +40,26 @@ def soft_cross_entropy(
         )
     dim = checked_classes(logits, mask, dim)
 
-    def values(logits: Tensor, p: Tensor) -> Tensor:
-        log_q = log_softmax(logits, dim)
-        return -(p * torch.where(p == 0, 0, log_q)).sum(dim)
-
-    def slopes(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = log_softmax(logits, dim)
-        terms = torch.where(p == 0, 0, log_q).mul_(p)
-        return terms, _slope_(log_q, p)
-
-    def quick(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = log_softmax(logits, dim)
-        return log_q * p, _slope_(log_q, p)
-
-    def _slope_(log_q: Tensor, p: Tensor) -> Tensor:
-        return log_q.exp_().mul_(p.sum(dim, keepdim=True)).sub_(p)
-
-    measure = Measure(values, slopes, factor=-1.0, quick=quick)
+    measure = log_likelihood(dim, -1.0)
     return mean_over_examples(logits, probabilities, mask, dim, measure)
+
+
+def log_likelihood(dim: int, sign: float = 1.0) -> Measure:
+    """Plus or minus Σ_c y_c log q_c, the second tensor being y, of any numbers."""
+
+    def values(logits: Tensor, y: Tensor) -> Tensor:
+        log_q = log_softmax(logits, dim)
+        return sign * (y * torch.where(y == 0, 0, log_q)).sum(dim)
+
+    def slopes(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = log_softmax(logits, dim)
+        return torch.where(y == 0, 0, log_q).mul_(y), slope_(log_q, y)
+
+    def quick(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = log_softmax(logits, dim)
+        return log_q * y, slope_(log_q, y)
+
+    def slope_(log_q: Tensor, y: Tensor) -> Tensor:
+        return log_q.exp_().mul_(y.sum(dim, keepdim=True)).sub_(y)
+
+    return Measure(values, slopes, sign, -sign, quick)

@@ -1,9 +1,16 @@
-"""Softmax along a short dimension, in the layout in which the CPU computes it fast."""
+"""Softmax along a short dimension, computed side by side on the CPU.
+
+The result is in the layout in which it was computed, classes first; what is computed from it is
+fast in that layout too.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+from .eager import is_eager
 
 _VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 """Bytes of one of the processor's vectors. Rows that do not fill one are computed number by number.
@@ -29,13 +36,15 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
 def _narrow(logits: Tensor, dim: int) -> bool:
     """Whether rows are shorter than a vector, and there are enough of them.
 
-    A compiler chooses its own layout, and a tensor of another class knows operations only.
+    Not for autograd, through which a user's model would get a gradient in that layout. A compiler
+    chooses its own layout, and a tensor of another class knows operations only.
     """
     return (
         2 < logits.shape[dim] < _VECTOR // logits.itemsize
         and logits.stride(dim) == 1
         and logits.numel() >= _WORTH
-        and logits.device.type == "cpu"
-        and type(logits) is Tensor
-        and not torch.compiler.is_compiling()
+        and logits.is_cpu
+        and type(logits) in (Tensor, Parameter)
+        and not (logits.requires_grad and torch.is_grad_enabled())
+        and is_eager()
     )

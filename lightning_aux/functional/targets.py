@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import Measure, mean_over_examples
+from .blocks import mean_over_examples
 from .examples import checked_classes, labelled
 from .precision import at_least_float32
-from .softmax import log_softmax
+from .soft_cross_entropy import log_likelihood
 
 __all__ = ["target_change"]
 
@@ -43,23 +43,7 @@ def target_change(
     with torch.no_grad():
         change = _added(_added(None, new, logits, dim, -1.0), old, logits, dim, 1.0)
 
-    def values(z: Tensor, d: Tensor) -> Tensor:
-        log_q = log_softmax(z, dim)
-        return (d * torch.where(d == 0, 0, log_q)).sum(dim)
-
-    def quick(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = log_softmax(z, dim)
-        return log_q * d, _slope_(log_q, d)
-
-    def slopes(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = log_softmax(z, dim)
-        return torch.where(d == 0, 0, log_q).mul_(d), _slope_(log_q, d)
-
-    def _slope_(log_q: Tensor, d: Tensor) -> Tensor:
-        return log_q.exp_().mul_(d.sum(dim, keepdim=True)).sub_(d)
-
-    measure = Measure(values, slopes, slope_factor=-1.0, quick=quick)
-    return mean_over_examples(logits, change, counted, dim, measure)
+    return mean_over_examples(logits, change, counted, dim, log_likelihood(dim))
 
 
 def _added(onto: Tensor | None, target: Tensor, logits: Tensor, dim: int, sign: float) -> Tensor:
