@@ -119,9 +119,9 @@ def z_loss(logits: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
         log_z = z.exp().sum(dim).log()
         total = squared_norm(log_z)
         # The derivatives are divided by the sum, and by its square.
-        if total.item() > 30**2:
+        if total.item() > 35**2:
             largest = torch.linalg.vector_norm(log_z.detach(), math.inf)
-            if largest.item() > 30:
+            if largest.item() > 35:
                 return total.detach().fill_(math.nan)
         return total
 
