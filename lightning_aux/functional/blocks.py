@@ -45,8 +45,8 @@ class Measure(NamedTuple):
         slope_factor: of the derivatives that it returns.
         quick: `slopes` for numbers that need no care, such as finite ones. Its terms are NaN or
             infinite wherever it is not to be believed, and then `slopes` is asked too; only on the
-            CPU, where looking at a value does not mean waiting for it. Large blocks that hold −∞
-            are not tried.
+            CPU, where looking at a value does not mean waiting for it. None instead of terms that
+            will not be believed saves the rest.
         native: the sum of the values over `factor`, by few operations that autograd follows and
             none of which keeps the first tensor, which may be overwritten afterwards. For small
             tensors on the CPU, where a call of Python in the backward pass takes longer than all
@@ -57,7 +57,7 @@ class Measure(NamedTuple):
     slopes: Slopes
     factor: float = 1.0
     slope_factor: float = 1.0
-    quick: Slopes | None = None
+    quick: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None
     native: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -191,10 +191,12 @@ def _of_block(
     """The sum over the examples that count, and slopes, 0 for those that do not."""
     student, teacher = _cleaned(student, teacher, mask, dim)
     weight = None if mask is None else mask.to(student.dtype)
-    if measure.quick is not None and student.is_cpu and _may_be_quick(student, teacher):
-        total, slope = _weighted(*measure.quick(student, teacher), weight, dim)
-        if math.isfinite(total.item()):
-            return total, slope
+    if measure.quick is not None and student.is_cpu:
+        found = measure.quick(student, teacher)
+        if found is not None:
+            total, slope = _weighted(*found, weight, dim)
+            if math.isfinite(total.item()):
+                return total, slope
     return _weighted(*measure.slopes(student, teacher), weight, dim)
 
 
@@ -205,14 +207,6 @@ def _weighted(
         return terms.sum(), slope
     values = terms.sum(dim) if terms.ndim == slope.ndim else terms
     return values.mul(weight).sum(), slope.mul_(weight.unsqueeze(dim))
-
-
-def _may_be_quick(student: Tensor, teacher: Tensor) -> bool:
-    """Whether a block is small, or finite from below: a vocabulary in part excluded is not."""
-    if student.numel() <= CPU_SMALL:
-        return True
-    others = [] if teacher is student or not teacher.is_floating_point() else [teacher]
-    return all(each.amin().item() > -math.inf for each in [student, *others])
 
 
 def _scaled_(slope: Tensor, outer: Tensor, dim: int, measure: Measure, contiguous: bool) -> Tensor:
@@ -280,6 +274,14 @@ def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part]:
             slices = list(part or [slice(None)] * len(shape))
             slices[along] = slice(start, start + length)
             yield tuple(slices)
+
+
+def excludes(student: Tensor, teacher: Tensor) -> bool:
+    """Whether a −∞ is in one of two large tensors, where to try in vain would take long."""
+    if student.numel() <= CPU_SMALL:
+        return False
+    others = [] if teacher is student or not teacher.is_floating_point() else [teacher]
+    return any(each.amin().item() == -math.inf for each in [student, *others])
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

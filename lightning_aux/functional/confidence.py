@@ -115,11 +115,11 @@ def coverage_loss(
     def values(z: Tensor, y: Tensor) -> Tensor:
         return of(expected(log_softmax(z, dim), y, dim))
 
-    def quick(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def quick(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         q, place = softmax(z, dim), y.unsqueeze(dim)
         p = q.gather(dim, place)
         if p.amin().item() < 1e-30:
-            return slopes(z, y)
+            return None
         some, steep = _some_right_and_slope(p, samples)
         if difference:
             some, steep = some.sub_(p.log()), steep.sub_(1 / samples)

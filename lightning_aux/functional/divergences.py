@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from .blocks import Measure, mean_over_examples
+from .blocks import Measure, excludes, mean_over_examples
 from .examples import checked_classes, checked_dim
 from .softmax import log_softmax, softmax
 
@@ -248,7 +247,10 @@ def entropy(
         total = terms.sum(dim, keepdim=True)
         return total, terms.sub_(q.mul_(total))
 
-    measure = Measure(values, slopes, -1.0, -1 / temperature, partial(slopes, careful=False))
+    def quick(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if excludes(logits, same) else slopes(logits, same, careful=False)
+
+    measure = Measure(values, slopes, -1.0, -1 / temperature, quick)
     return mean_over_examples(logits, logits, mask, dim, measure)
 
 
@@ -361,8 +363,18 @@ def _of_predictions(
             terms, slope = slopes(soften(student), soften(teacher), classes, careful)
             return terms, slope[..., 0].contiguous() if binary else slope
 
-        quick = partial(in_closed_form, careful=False) if logs else None
-        return Measure(values, in_closed_form, part * factor, part * factor / temperature, quick)
+        def quick(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
+            if excludes(student, teacher):
+                return None
+            return in_closed_form(student, teacher, careful=False)
+
+        return Measure(
+            values,
+            in_closed_form,
+            part * factor,
+            part * factor / temperature,
+            quick if logs else None,
+        )
 
     return make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import Measure, mean_over_examples
+from .blocks import Measure, excludes, mean_over_examples
 from .examples import checked_classes
 from .softmax import log_softmax
 
@@ -55,7 +55,9 @@ def log_likelihood(dim: int, sign: float = 1.0) -> Measure:
         log_q = log_softmax(logits, dim)
         return torch.where(y == 0, 0, log_q).mul_(y), slope_(log_q, y)
 
-    def quick(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def quick(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        if excludes(logits, logits):
+            return None
         log_q = log_softmax(logits, dim)
         return log_q * y, slope_(log_q, y)
 
