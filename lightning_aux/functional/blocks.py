@@ -276,12 +276,10 @@ def _parts(shape: torch.Size, dim: int, size: int) -> Iterator[Part]:
             yield tuple(slices)
 
 
-def excludes(student: Tensor, teacher: Tensor) -> bool:
-    """Whether a −∞ is in one of two large tensors, where to try in vain would take long."""
-    if student.numel() <= CPU_SMALL:
-        return False
-    others = [] if teacher is student or not teacher.is_floating_point() else [teacher]
-    return any(each.amin().item() == -math.inf for each in [student, *others])
+def excludes(*logits: Tensor) -> bool:
+    """Whether a −∞ is in one of some large tensors, where to try in vain would take long."""
+    large = logits[0].numel() > CPU_SMALL
+    return large and any(each.amin().item() == -math.inf for each in logits)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def entropy(
         return total, terms.sub_(q.mul_(total))
 
     def quick(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if excludes(logits, same) else slopes(logits, same, careful=False)
+        return None if excludes(logits) else slopes(logits, same, careful=False)
 
     measure = Measure(values, slopes, -1.0, -1 / temperature, quick)
     return mean_over_examples(logits, logits, mask, dim, measure)
@@ -480,26 +480,25 @@ def _alpha_slopes(
     careful: bool,
 ) -> tuple[Tensor, Tensor]:
     """The value of each example, and q·∂D_α/∂q up to a multiple of q, which a softmax ignores."""
-    if alpha in (0, 1):
-        a = p.exp if alpha else q.exp
-        terms = torch.where(a > 0, log_ratio, 0).mul_(a) if careful else log_ratio * a
-        return (
-            (classes.total(terms), p.exp.neg()) if alpha else (classes.total(terms.neg_()), terms)
-        )
+    weight = p.exp if alpha >= 0.5 else q.exp
+    kept = torch.where(weight > 0, log_ratio, 0) if careful else log_ratio.clone()
+    if alpha == 1:
+        return classes.total(kept.mul_(weight)), p.exp.neg()
+    if alpha == 0:
+        terms = kept.mul_(weight).neg_()
+        return classes.total(terms), terms
     clipped = clip < math.inf and not 0 <= alpha <= 1
     border = math.log(clip) / abs(alpha) if clipped else math.inf  # where (p/q)^α = clip
     if alpha < 0.5:  # −q·((p/q)^α − 1)/α
-        excess = torch.where(q.exp > 0, log_ratio, 0) if careful else log_ratio.clone()
         if clipped:
-            excess.clamp_min_(-border)
-        excess = excess.mul_(alpha).expm1_().mul_(q.exp)
+            kept.clamp_min_(-border)
+        excess = kept.mul_(alpha).expm1_().mul_(q.exp)
         value, slope = classes.total(excess), excess.div(-alpha)
         beyond = q.exp - (p.log + border).exp_() if clipped else None
     else:  # −q·(p/q)^α/α
-        excess = torch.where(p.exp > 0, log_ratio, 0) if careful else log_ratio.clone()
         if clipped:
-            excess.clamp_max_(border)
-        excess = excess.mul_(alpha - 1).expm1_().mul_(p.exp)
+            kept.clamp_max_(border)
+        excess = kept.mul_(alpha - 1).expm1_().mul_(p.exp)
         value, slope = classes.total(excess), excess.add_(p.exp)
         slope = (torch.minimum(slope, q.exp * clip) if clipped else slope).div_(-alpha)
         beyond = (p.log - border).exp_().sub_(q.exp) if clipped else None

@@ -48,9 +48,10 @@ def spectral_decoupling(
             offset per class without a target.
     """
     dim = checked_dim(logits, mask, dim)
-    counted, other, gamma, same = mask, logits, None, 0.0
+    counted, other = mask, logits
+    gamma: float | Tensor  # one for all examples, or one for each class
     if isinstance(offset, int | float):
-        same = offset
+        gamma = offset
     else:
         if target is None:
             raise ValueError("an offset per class needs a target")
@@ -67,7 +68,7 @@ def spectral_decoupling(
             raise ValueError(f"{len(gamma)} offsets, but the target has class {int(other.max())}")
 
     def away(z: Tensor, y: Tensor) -> Tensor:
-        return z - (same if gamma is None else gamma[y].unsqueeze(dim))
+        return z - (gamma[y].unsqueeze(dim) if isinstance(gamma, Tensor) else gamma)
 
     def values(z: Tensor, y: Tensor) -> Tensor:
         return away(z, y).square().sum(dim) / 2

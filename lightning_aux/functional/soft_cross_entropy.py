@@ -56,7 +56,7 @@ def log_likelihood(dim: int, sign: float = 1.0) -> Measure:
         return torch.where(y == 0, 0, log_q).mul_(y), slope_(log_q, y)
 
     def quick(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        if excludes(logits, logits):
+        if excludes(logits):
             return None
         log_q = log_softmax(logits, dim)
         return log_q * y, slope_(log_q, y)

@@ -76,7 +76,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pytest.mark.parametrize("size", [1, 7, 10**6])
+@pytest.mark.parametrize("size", [1, 7, 30, 10**6])
 @pytest.mark.parametrize(
     ("shape", "dim"), [((6, 5), -1), ((6, 5), 0), ((2, 3, 5), -1), ((2, 5, 3, 2), 1), ((5,), 0)]
 )
